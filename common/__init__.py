@@ -1,0 +1,1 @@
+"""What the three papers share: mesh, sharding, layers, train loop, data, checkpoints, results."""

@@ -1,0 +1,435 @@
+"""Checkpoints. The only file that knows orbax.
+
+A checkpoint is a directory `<directory>/<step>/`:
+
+    state/            the arrays, each named by its path: "params/encoder/w", "opt_state/0/mu/..."
+    meta/data.json    format version; dtype, shape and fingerprint of each array; the caller's meta
+
+Names alone tie arrays to a state: no library's classes (optax's tuples) are part of the format. The
+caller's abstract state gives structure and shardings, so any mesh restores any checkpoint.
+
+A directory has one writer. What reads another run's checkpoints uses `restore_params` and
+`read_meta`, which write nothing.
+"""
+
+import contextlib
+import difflib
+import gc
+import json
+import logging
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import lax
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+FORMAT_VERSION = 1
+
+T = TypeVar("T")
+
+log = logging.getLogger("triptych")
+logging.getLogger("absl").addFilter(  # orbax tells of every barrier and thread at INFO
+    lambda record: record.levelno >= logging.WARNING or "orbax" not in record.pathname
+)
+
+
+class StructureError(ValueError):
+    """The checkpoint is whole, but it is another model's."""
+
+
+class DamagedError(RuntimeError):
+    """A checkpoint cannot be read back as it was saved."""
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """What stays: the newest `keep`, and the multiples of `every_steps` for ever (0: none).
+
+    With keep=2, a damaged newest checkpoint costs one save interval and not the run.
+    """
+
+    keep: int = 2
+    every_steps: int = 0
+
+    def __post_init__(self):
+        for name, least in (("keep", 1), ("every_steps", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"checkpoint.{name}={value}: must be at least {least}")
+
+
+class Checkpointer:
+    """Saves and restores the states of one run. As a context manager it waits for the last save.
+
+    Every process of a run calls every method, in the same order. What a killed run left half
+    written is removed when the next one starts.
+    """
+
+    def __init__(self, directory: str | PathLike, spec: CheckpointSpec = CheckpointSpec()):
+        self._directory = _absolute(directory)
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(spec.keep)]
+        if spec.every_steps:
+            kept.append(policies.EveryNSteps(spec.every_steps))
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+        context = ocp.Context()
+        context.checkpointables.registry = registry
+        self._orbax = ocp.training.Checkpointer(
+            self._directory,
+            context=context,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+        )
+        self._current: int | None = None  # the step last saved or restored
+        self._abandoned: list[int] = []  # steps newer than the one restored
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Saves a pytree of jax arrays; returns when they are on the host, and may be donated.
+
+        Waits for the save before, and raises what went wrong with it. Does nothing if `step` is the
+        one just saved or restored. Checkpoints newer than the one restored (damaged, or passed
+        over) belong to a history that ends here: they are renamed to `<step>.abandoned-<time>`.
+
+        Args:
+          meta: anything JSON; `restore` and `read_meta` give it back (tuples as lists).
+          wait: return only when the checkpoint is on disk.
+
+        Raises:
+          FileExistsError: the directory holds that step from another run.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        self._set_aside()
+        if step in self.steps():
+            raise FileExistsError(
+                f"{self._directory} holds a step {step} that this run neither saved nor restored: "
+                "restore first, or use another directory"
+            )
+        arrays, _ = _named(state)
+        for name, leaf in arrays.items():
+            if not isinstance(leaf, jax.Array):
+                raise TypeError(f"state leaf {name} is a {type(leaf).__name__}, not a jax array")
+        with jax.transfer_guard("allow"):
+            fingerprints = _fingerprints(arrays)
+            leaves = {n: [*_described(leaf), fingerprints[n]] for n, leaf in arrays.items()}
+            document = {"format_version": FORMAT_VERSION, "leaves": leaves, "meta": dict(meta)}
+            self._orbax.save_checkpointables_async(
+                step, {"state": _stored(arrays), "meta": _sealed(document)}, force=True
+            )
+        self._current = step
+        if wait:
+            self.wait()
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict] | None:
+        """(state, meta) of `step`, or of the newest undamaged checkpoint; None if none is there.
+
+        Args:
+          abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, whose structure and
+            shardings the state gets.
+
+        Raises:
+          StructureError: lists every array that is missing, unexpected or misshapen.
+          DamagedError: `step`, or every checkpoint there is, is damaged.
+          FileNotFoundError: there is no such step.
+        """
+        self.wait()
+        if step is None and not self.steps():
+            return None
+        at, state, meta = _newest_intact(
+            self._directory, step, lambda step: _load(self._directory, step, abstract_state)
+        )
+        self._current, self._abandoned = at, [s for s in self.steps() if s > at]
+        return state, meta
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return _steps(self._directory)
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return max(self.steps(), default=None)
+
+    def wait(self) -> None:
+        """Returns when the save in flight is on disk; raises what went wrong with it."""
+        try:
+            self._orbax.wait()
+        except BaseException:
+            self._current = None
+            self._orbax.reload()
+            raise
+
+    def close(self) -> None:
+        """Waits, and ends orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def _set_aside(self) -> None:
+        if not self._abandoned:
+            return
+        for step in self._abandoned if jax.process_index() == 0 else ():
+            target = self._directory / f"{step}.abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
+            (self._directory / str(step)).rename(target)
+            log.warning(f"checkpoint {step} is set aside as {target}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint set aside")
+        self._abandoned = []
+        self._orbax.reload()
+
+
+def read_meta(directory: str | PathLike, step: int | None = None) -> dict:
+    """The caller's meta of `step`, or of the newest checkpoint whose meta is undamaged.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+      DamagedError: none can be read.
+    """
+    directory = _absolute(directory)
+    return _newest_intact(directory, step, lambda step: _document(directory, step))["meta"]
+
+
+def restore_params(
+    directory: str | PathLike,
+    abstract_params: Any,
+    path: tuple[str, ...] = ("params",),
+    step: int | None = None,
+) -> Any:
+    """The part of a state below `path`, say ("params", "encoder"); () is all. Only it is read.
+
+    Raises as `Checkpointer.restore`, and FileNotFoundError where there is no checkpoint.
+    """
+    directory = _absolute(directory)
+    return _newest_intact(
+        directory, step, lambda step: _load(directory, step, abstract_params, path)
+    )[1]
+
+
+def _absolute(directory: str | PathLike) -> epath.Path:
+    return epath.Path(directory).expanduser().absolute()
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
+
+
+def _newest_intact(directory: epath.Path, step: int | None, read: Callable[[int], T]) -> T:
+    """`read` of `step`, or of the newest step in which it finds no damage."""
+    steps = _steps(directory)
+    if not steps or (step is not None and step not in steps):
+        which = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise FileNotFoundError(f"no {which} in {directory}; it holds steps {steps}")
+    damage = []
+    candidates = steps[::-1] if step is None else [step]
+    for candidate, before in zip(candidates, [*candidates[1:], None]):
+        try:
+            return read(candidate)
+        except DamagedError as error:
+            damage.append(f"step {candidate}: {error}")
+            if before is not None:
+                log.warning(
+                    f"checkpoint {candidate} in {directory} is damaged ({error}); "
+                    f"falling back to checkpoint {before}"
+                )
+    raise DamagedError(f"no undamaged checkpoint in {directory}: " + "; ".join(damage))
+
+
+def _load(
+    directory: epath.Path, step: int, abstract: Any, path: tuple[str, ...] = ()
+) -> tuple[int, Any, dict]:
+    """(step, state, meta), verified."""
+    document = _document(directory, step)
+    wanted, treedef = _named(abstract, path)
+    wanted = {name: _placed(name, leaf) for name, leaf in wanted.items()}
+    below = "".join(f"{key}/" for key in path)
+    saved = {n: leaf for n, leaf in document["leaves"].items() if f"{n}/".startswith(below)}
+    _check_structure(saved, wanted, directory / str(step))
+    arrays = _together(_read_arrays, directory / str(step), wanted)
+    fingerprints = _fingerprints(arrays)
+    if changed := [name for name in wanted if fingerprints[name] != saved[name][2]]:
+        raise DamagedError(f"the content of {', '.join(changed)} is not what was saved")
+    return step, treedef.unflatten(arrays[name] for name in wanted), document["meta"]
+
+
+def _placed(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding
+    if sharding is None:
+        if jax.process_count() > 1:
+            raise ValueError(f"abstract leaf {name} needs a sharding")
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        sharding.shard_shape(leaf.shape)
+    except ValueError as error:  # the caller's mistake, which loading would take for damage
+        raise ValueError(f"abstract leaf {name}: {error}") from None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read_arrays(directory: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    # Each process reads on its own: at orbax's barriers the others would wait for minutes for the
+    # one that met damage.
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+    with context:
+        arrays = ocp.load(directory, _stored(wanted), checkpointable_name="state")
+    for name, leaf in wanted.items():
+        if name not in arrays:
+            arrays[name] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        elif not isinstance(arrays[name], jax.Array):  # what damaged tree metadata can lead to
+            raise DamagedError(f"no data for {name}")
+    return arrays
+
+
+def _stored(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Those with elements: orbax refuses the others, of which the document says all."""
+    return {name: leaf for name, leaf in arrays.items() if 0 not in leaf.shape}
+
+
+def _named(tree: Any, path: tuple[str, ...] = ()) -> tuple[dict[str, Any], Any]:
+    """Leaves by name, the keys on the way to each joined by "/"; and the tree's structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    named = {}
+    for keys, leaf in leaves:
+        name = "/".join([*path, *(jax.tree_util.keystr((key,), simple=True) for key in keys)])
+        if name in named:
+            raise ValueError(f"two leaves of the state are named {name!r}: rename a key")
+        named[name] = leaf
+    return named, treedef
+
+
+def _described(leaf: Any) -> list:
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _sealed(document: dict) -> dict:
+    document = json.loads(json.dumps(document))
+    return document | {"crc32": zlib.crc32(json.dumps(document, sort_keys=True).encode())}
+
+
+def _document(directory: epath.Path, step: int) -> dict:
+    path = directory / str(step) / "meta" / "data.json"
+
+    def read() -> dict:
+        document = json.loads(path.read_text())
+        crc32 = document.pop("crc32")
+        if _sealed(document)["crc32"] != crc32:
+            raise DamagedError("meta/data.json does not match its checksum")
+        return document
+
+    document = _together(read)
+    if document["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format {document['format_version']}, newer than {FORMAT_VERSION}, which "
+            "this code reads: update it"
+        )
+    return document
+
+
+def _check_structure(
+    saved: dict[str, list], wanted: dict[str, jax.ShapeDtypeStruct], where: epath.Path
+) -> None:
+    def near(name: str, others) -> str:
+        found = difflib.get_close_matches(name, sorted(others), n=1)
+        return f" (nearest: {found[0]})" if found else ""
+
+    missing, unexpected = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
+    lines = [f"  missing: {name}{near(name, unexpected or saved)}" for name in sorted(missing)]
+    lines += [f"  unexpected: {name}{near(name, missing or wanted)}" for name in sorted(unexpected)]
+    for name in sorted(wanted.keys() & saved.keys()):
+        has, wants = "{}{}".format(*saved[name]), "{}{}".format(*_described(wanted[name]))
+        if has != wants:
+            lines.append(f"  misshapen: {name} is {has} in the checkpoint, {wants} in the model")
+    if lines:
+        raise StructureError(
+            f"{where} holds another model. Use the config that it was saved with (in its meta), or "
+            "take the part that fits with restore_params.\n" + "\n".join(lines)
+        )
+
+
+def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    values = jax.device_get([_fingerprint(leaf) for leaf in arrays.values()])
+    return {name: int(value) for name, value in zip(arrays, values)}
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    """uint32 hash of the bits of x: each element mixed with its position, summed modulo 2^32.
+
+    Orbax's files have no checksum over array data: flipped bits would load in silence. A sum does
+    not depend on layout: each device hashes its shard, and all meshes agree. The mix (murmur3's
+    finalizer) is a bijection, so one changed word is always seen; of other changes, 2^-32 are not.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = (jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo)(x.dtype).bits
+    if bits < 8:
+        x, bits = x.astype(jnp.float32), 32  # int4 and its like: exact
+    word = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint32}[bits]
+    h = lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    position = jnp.uint32(0)
+    for axis, size in enumerate(h.shape):
+        position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, h.shape, axis)
+    h ^= position * jnp.uint32(0x9E3779B1) + jnp.uint32(1)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+def _together(read: Callable[..., T], *args: Any) -> T:
+    """read(*args); DamagedError on every process if it fails on any."""
+    problem, result = None, None
+    with _muted():
+        try:
+            result = read(*args)
+        except Exception as error:
+            root: BaseException = error
+            while (cause := root.__cause__ or root.__context__) is not None:
+                root = cause
+            if isinstance(root, jax.errors.JaxRuntimeError | MemoryError):
+                raise  # trouble of this machine (out of memory), not of the checkpoint
+            problem = f"{type(root).__name__}: {root}"[:300]
+            del error, root
+        if problem is not None:
+            gc.collect()
+    failed = problem is not None
+    if jax.process_count() > 1:
+        failed = bool(np.any(multihost_utils.process_allgather(np.int32(failed))))
+    if failed:
+        raise DamagedError(problem or "another process could not read its part")
+    return result  # pyright: ignore[reportReturnType]
+
+
+@contextlib.contextmanager
+def _muted():
+    """A failed load leaves coroutines and tasks that complain on stderr; the caller says why."""
+    asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    asyncio_log.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        asyncio_log.disabled, sys.unraisablehook = False, hook

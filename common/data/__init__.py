@@ -1,0 +1,34 @@
+"""Deterministic input pipelines: sources, batches, and the transfer to devices.
+
+    source = open_source("cifar10")                       # random access to records
+    spec = LoaderSpec(batch=128, seed=0)
+    batches = train_batches(source, spec, transform=RandomResizedCrop(32), start_step=step)
+    for batch in prefetch_to_device(batches, batch_sharding(mesh)): ...
+
+A batch is a pure function of (source, seed, step). The step is therefore the only data state that a
+checkpoint needs, next to a `fingerprint` that guards against resuming with other data.
+"""
+
+from common.data.device import prefetch_to_device
+from common.data.loader import (
+    LoaderSpec,
+    Transform,
+    check_fingerprint,
+    eval_batches,
+    fingerprint,
+    train_batches,
+)
+from common.data.sources import Source, array_source, open_source
+
+__all__ = [
+    "LoaderSpec",
+    "Source",
+    "Transform",
+    "array_source",
+    "check_fingerprint",
+    "eval_batches",
+    "fingerprint",
+    "open_source",
+    "prefetch_to_device",
+    "train_batches",
+]

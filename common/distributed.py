@@ -1,0 +1,180 @@
+"""Starting many processes as one, and stopping them together.
+
+`initialize` joins the processes of a TPU pod, a SLURM step or explicit flags. `PreemptionGuard`
+turns a scheduler's SIGTERM into one step at which all processes save and exit `EXIT_PREEMPTED`.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h. Launchers read it as: saved in time, start me again."""
+
+_DUPLICATE_SECONDS = 1.0  # schedulers and `timeout` may signal the process and its group at once
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins this process to its peers. Call first, before anything that touches a device.
+
+    With arguments (all three, `coordinator` being "host:port" of process 0): those. Without: a TPU
+    pod or a SLURM step of several tasks is detected, and anything else stays a single process.
+    Processes on CPU talk through gloo, jax's default. Prints one line per process when several.
+
+    Raises:
+      ValueError: some but not all of the three arguments are given.
+    """
+    given = (coordinator, num_processes, process_id)
+    if None in given and given != (None, None, None):
+        raise ValueError(f"give coordinator, num_processes and process_id all or none, got {given}")
+    if jax.distributed.is_initialized():
+        return
+    if coordinator is not None:
+        jax.distributed.initialize(*given, cluster_detection_method="deactivate")
+    elif _on_tpu_vm():
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # chips, but in no cluster jax knows of, as in Colab
+            if "coordinator_address" not in str(error):
+                raise
+    elif all(name in os.environ for name in _SLURM) and int(os.environ["SLURM_NTASKS"]) > 1:
+        jax.distributed.initialize(
+            cluster_detection_method="slurm", local_device_ids=slurm_local_device_ids(os.environ)
+        )
+    if jax.process_count() > 1:
+        kinds = ", ".join(sorted({d.device_kind for d in jax.local_devices()}))
+        print(
+            f"process {jax.process_index()} of {jax.process_count()}: "
+            f"{jax.local_device_count()} of {jax.device_count()} devices ({kinds})",
+            flush=True,
+        )
+
+
+def _on_tpu_vm() -> bool:
+    # jax's import sets this variable where it finds TPU chips and libtpu; nothing public says so.
+    platforms = jax.config.jax_platforms or "tpu"
+    return os.environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in platforms
+
+
+def slurm_local_device_ids(env: Mapping[str, str]) -> list[int]:
+    """The GPUs of this task, among those it can see: an even share for each task on the node.
+
+    One task per node gets all, one task per GPU gets its own, and a task that SLURM shows its own
+    GPUs only (`--gpus-per-task`) gets those. (jax alone takes number SLURM_LOCALID, which is right
+    in the second case only.) Empty, which hides no device, where there is no GPU to count.
+
+    Raises:
+      ValueError: the GPUs cannot be shared evenly.
+    """
+    if ids := env.get("JAX_LOCAL_DEVICE_IDS"):
+        return [int(i) for i in ids.split(",")]
+    visible = next(
+        (env[n] for n in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES") if env.get(n)), None
+    )
+    on_node = int(env.get("SLURM_GPUS_ON_NODE") or 0)
+    gpus = len(visible.split(",")) if visible else on_node
+    tasks, task = _slurm_tasks_on_node(env), int(env["SLURM_LOCALID"])
+    already_shared = gpus < max(on_node, tasks)
+    if gpus == 0 or (visible and already_shared):
+        return list(range(gpus))
+    if gpus % tasks:
+        raise ValueError(
+            f"{tasks} tasks cannot share {gpus} GPUs evenly: set --ntasks-per-node to a divisor of "
+            "the GPUs, or JAX_LOCAL_DEVICE_IDS in each task"
+        )
+    share = gpus // tasks
+    return list(range(task * share, (task + 1) * share))
+
+
+def _slurm_tasks_on_node(env: Mapping[str, str]) -> int:
+    """SLURM_STEP_TASKS_PER_NODE reads "2(x3),1": three nodes of two tasks, then one of one."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"cannot read SLURM_STEP_TASKS_PER_NODE: {part!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[int(env.get("SLURM_NODEID", 0))]
+
+
+def barrier(name: str) -> None:
+    """Returns once every process has called it with this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class PreemptionGuard:
+    """Notices SIGTERM, and SIGUSR1 for SLURM's `--signal=USR1@120`, and lets the loop stop cleanly.
+
+        with PreemptionGuard() as guard:
+            for step in ...:
+                if guard.reached(step):
+                    save(...)
+                    sys.exit(EXIT_PREEMPTED)
+
+    Another signal, a second later or more, ends the process at once; so does Ctrl-C at any time.
+    The handlers in place before are restored on exit. Outside the main thread, where Python can
+    set no handlers, the guard only hears what jax's own service hears.
+    """
+
+    def __init__(self) -> None:
+        self._signalled_at: float | None = None
+        self._reached = False
+        self._tell_jax: Callable[[int], Any] | None = None
+        self._before: dict[int, tuple[Any, int | None]] = {}
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and leave now. Call at every step, on every process, with the same steps.
+
+        With `jax.distributed` up the answer turns true on all processes at one and the same step,
+        shortly after any of them got a signal; alone, at the first call after it.
+        """
+        if jax.distributed.is_initialized():
+            self._reached |= multihost_utils.reached_preemption_sync_point(step)
+        else:
+            self._reached |= self._signalled_at is not None
+        return self._reached
+
+    def __enter__(self) -> "PreemptionGuard":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGUSR1):
+                # jax's service listens through a C handler, of which Python knows nothing.
+                native = _libc_signal(signum, None)
+                self._before[signum] = (signal.signal(signum, self._handle), native)
+            python_handler, native = self._before[signal.SIGTERM]
+            if native not in (None, 1) and not callable(python_handler):  # SIG_DFL, SIG_IGN
+                self._tell_jax = ctypes.CFUNCTYPE(None, ctypes.c_int)(native)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, (python_handler, native) in self._before.items():
+            signal.signal(signum, python_handler)
+            _libc_signal(signum, native)
+        self._before.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            if self._tell_jax is not None:
+                self._tell_jax(signal.SIGTERM)
+        elif now - self._signalled_at >= _DUPLICATE_SECONDS:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+
+_libc_signal = ctypes.CDLL(None).signal  # sets a handler, returns the one before; NULL is SIG_DFL
+_libc_signal.restype = ctypes.c_void_p
+_libc_signal.argtypes = (ctypes.c_int, ctypes.c_void_p)

@@ -1,0 +1,1 @@
+"""Layers: flax defines them, plain JAX runs them."""

@@ -1,0 +1,81 @@
+"""AdamW as the papers use it, from a plain specification."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from common.schedules import cosine, warmup_cosine
+from common.sharding import path_name
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW and its schedules.
+
+    Attributes:
+      lr, start_lr, final_lr: peak, first and last learning rate.
+      warmup: updates of linear warm-up.
+      weight_decay, final_weight_decay: decoupled decay, cosine from the first to the second; it multiplies the
+        learning rate (torch's and optax's convention).
+      b1, b2, eps: AdamW's.
+      clip: largest global gradient norm; 0 for none (I-JEPA clips nothing).
+      schedule_scale: stretches all schedules beyond the run (`ipe_scale`: 1.0 for I-JEPA, 1.25 for V-JEPA).
+    """
+
+    lr: float = 1e-3
+    start_lr: float = 2e-4
+    final_lr: float = 1e-6
+    warmup: int = 0
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 0.0
+    schedule_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.lr <= 0 or min(self.start_lr, self.final_lr) < 0:
+            raise ValueError(
+                f"optim.lr={self.lr} must be positive, start_lr and final_lr not negative"
+            )
+        if self.schedule_scale < 1:
+            raise ValueError(f"optim.schedule_scale={self.schedule_scale} must be at least 1")
+
+    def lr_schedule(self, steps: int) -> optax.Schedule:
+        """The learning rate over a run of `steps` updates."""
+        total = int(self.schedule_scale * steps)
+        if self.warmup > total:
+            raise ValueError(
+                f"optim.warmup={self.warmup} steps is longer than the run of {total}: lower it, or train longer"
+            )
+        return warmup_cosine(self.start_lr, self.lr, self.final_lr, self.warmup, total)
+
+    def weight_decay_schedule(self, steps: int) -> optax.Schedule:
+        """The weight decay over a run of `steps` updates."""
+        return cosine(self.weight_decay, self.final_weight_decay, int(self.schedule_scale * steps))
+
+
+def decays(params: Any) -> Any:
+    """True for every parameter that weight decay applies to: all but biases and norm scales.
+
+    By name, since stacked blocks give a bias two dimensions; a mask token decays, as in the released code.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path_name(path).rsplit("/", 1)[-1] not in ("bias", "scale"), params
+    )
+
+
+def adamw(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` updates."""
+    update = optax.adamw(
+        spec.lr_schedule(steps),
+        b1=spec.b1,
+        b2=spec.b2,
+        eps=spec.eps,
+        weight_decay=spec.weight_decay_schedule(steps),
+        mask=decays,
+    )
+    return optax.chain(optax.clip_by_global_norm(spec.clip), update) if spec.clip else update

@@ -1,0 +1,108 @@
+"""Sharding as three dictionaries: a parameter's logical axes, rules from names to mesh axes, and the mesh."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Axes = tuple[str | None, ...]
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Parameters: FSDP over the width, tensor parallelism over heads and hidden layers. With mesh sizes of 1 the same
+# rules are plain data parallelism.
+PARAM_RULES: Rules = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    "patch": None,
+    "predictor": None,
+}
+
+BATCH_AXES = ("replica", "fsdp")
+
+
+def path_name(path) -> str:
+    """A pytree key path as "a/b/c"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def logical_axes(abstract: Any, table: Mapping[str, Axes]) -> Any:
+    """The logical axes of every leaf, looked up by the end of its path; a stacked leaf gets a leading "layers".
+
+    Raises ValueError naming each leaf that the table does not cover, or whose rank it does not fit.
+    """
+    problems = []
+
+    def lookup(path, leaf):
+        name = path_name(path)
+        found = [axes for end, axes in table.items() if f"/{name}".endswith(f"/{end}")]
+        # The longest matching end wins: "attention/out/kernel" over "kernel".
+        best = max((end for end in table if f"/{name}".endswith(f"/{end}")), key=len, default=None)
+        if not found or best is None:
+            problems.append(f"{name}: no entry in the table of logical axes")
+            return ()
+        extra = len(leaf.shape) - len(table[best])
+        if extra not in (0, 1):
+            problems.append(f"{name}: shape {leaf.shape} does not fit the axes {table[best]}")
+        return ("layers",) * extra + table[best]
+
+    tree = jax.tree_util.tree_map_with_path(lookup, abstract)
+    if problems:
+        raise ValueError("logical axes: " + "; ".join(problems))
+    return tree
+
+
+def partition_spec(axes: Axes, rules: Rules = PARAM_RULES) -> PartitionSpec:
+    """Maps logical names to mesh axes. Raises ValueError on an unknown name or a mesh axis used twice."""
+    unknown = [a for a in axes if a is not None and a not in rules]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} have no rule; known: {', '.join(rules)}")
+    spec = [rules[a] if a is not None else None for a in axes]
+    used = [m for s in spec for m in ((s,) if isinstance(s, str) else s or ())]
+    if len(used) != len(set(used)):
+        raise ValueError(f"axes {axes} map to {spec}: a mesh axis would split two of them")
+    return PartitionSpec(*spec)
+
+
+def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: Rules = PARAM_RULES) -> Any:
+    """NamedShardings for a tree of shapes with logical axes.
+
+    Raises ValueError listing every parameter whose size does not divide by its mesh axes.
+    """
+    problems = []
+
+    def one(path, leaf, names):
+        spec = partition_spec(names, rules)
+        for size, part in zip(leaf.shape, spec):
+            ways = math.prod(
+                mesh.shape[m] for m in ((part,) if isinstance(part, str) else part or ())
+            )
+            if size % ways:
+                problems.append(
+                    f"{path_name(path)} {leaf.shape}: {size} does not divide by {part}={ways}"
+                )
+        return NamedSharding(mesh, spec)
+
+    tree = jax.tree_util.tree_map_with_path(
+        one, abstract, axes, is_leaf=lambda x: hasattr(x, "shape")
+    )
+    if problems:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} does not divide these parameters: "
+            + "; ".join(problems)
+            + ". Choose a smaller fsdp or tensor axis (config.mesh) and give the rest to replica."
+        )
+    return tree
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of scalars and small tables: a copy everywhere."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches: the leading axis over replica and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

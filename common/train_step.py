@@ -1,0 +1,99 @@
+"""The jitted train step, the same for every recipe."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.metrics import Metrics, mean, merge
+from common.recipe import Recipe
+from common.sharding import path_name
+from common.state import TrainState
+
+Step = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
+    """step(state, batch, expected) -> (state, metrics), a pure function to jit with the state donated.
+
+    `expected` is the step the caller believes it is at. Once a loss or gradient is not finite the state stops moving,
+    its step included; later calls then find `state.step != expected` and change nothing either. So whatever the host
+    has already dispatched, the last good state survives.
+
+    Args:
+      recipe: see common/recipe.py.
+      accumulate: microbatches per update; the batch's leading axis is split into that many parts.
+    """
+    optimizer = recipe.optimizer()
+
+    def gradients(state: TrainState, batch: dict, key: jax.Array):
+        grad_fn = jax.value_and_grad(recipe.loss, has_aux=True)
+        if accumulate == 1:
+            (_, metrics), grads = grad_fn(state.params, state.extra, batch, key)
+            return grads, metrics
+        parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
+        grads, metrics = None, None
+        for i in range(accumulate):
+            part = jax.tree.map(lambda x, i=i: x[i], parts)
+            (_, m), g = grad_fn(state.params, state.extra, part, jax.random.fold_in(key, i))
+            grads = g if grads is None else jax.tree.map(jnp.add, grads, g)
+            metrics = m if metrics is None else merge(metrics, m)
+        return jax.tree.map(lambda g: g / accumulate, grads), metrics
+
+    def step(state: TrainState, batch: dict, expected: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = gradients(state, batch, key)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        moved = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            extra=recipe.update_extra(state.extra, params, state.step),
+        )
+        good = jnp.isfinite(grad_norm) & (state.step == expected)
+        for metric in metrics.values():
+            good &= jnp.isfinite(metric.sum)
+        keep = jax.tree.map(
+            lambda new, old: new if new is old else jnp.where(good, new, old), moved, state
+        )
+        return keep, metrics | {"grad_norm": mean(grad_norm)}
+
+    return step
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    if x.shape[0] % parts:
+        raise ValueError(
+            f"a batch of {x.shape[0]} does not split into {parts} microbatches: change config.train.accumulate"
+        )
+    # Interleaved, so that every microbatch keeps a share of each device's rows.
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def diagnose(recipe: Recipe, state: TrainState, batch: dict) -> str:
+    """Says where a step stops being finite: batch, parameters, loss terms, or which gradients. For error messages."""
+
+    def bad(tree: Any) -> list[str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        floats = [(p, x) for p, x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+        return [path_name(p) for p, x in floats if not bool(jnp.isfinite(x).all())]
+
+    key = jax.random.fold_in(state.key, state.step)
+    grad_fn = jax.jit(jax.value_and_grad(recipe.loss, has_aux=True))
+    (_, metrics), grads = grad_fn(state.params, state.extra, batch, key)
+    sums = {name: metric.sum for name, metric in metrics.items()}
+    for what, tree in (
+        ("the batch", batch),
+        ("parameters", state.params),
+        ("extra state", state.extra),
+        ("loss terms", sums),
+        ("gradients", grads),
+    ):
+        if names := bad(tree):
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            return f"first seen in {what}: {shown}"
+    return "not seen again when the same step was run once more"

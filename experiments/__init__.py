@@ -1,0 +1,1 @@
+"""Configs, launch, preflight, reproduction: the only package that knows flags and ConfigDicts."""

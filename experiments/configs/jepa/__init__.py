@@ -1,0 +1,1 @@
+"""I-JEPA experiments. `base.py` holds what they share."""

@@ -1,0 +1,110 @@
+"""What the I-JEPA configs share: every setting of the job, at the released recipe's values (ijepa spec 1.6 to 1.8)."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """The full tree of settings of job "jepa_pretrain"; configs change what differs."""
+    return ConfigDict(
+        {
+            "job": "jepa_pretrain",
+            "name": "",
+            "data": {
+                "name": "scenes",
+                "split": "train",
+                "test_split": "test",
+                "data_dir": "",  # "" = TFDS_DATA_DIR
+                "examples": 0,  # training images, where the set is not at hand (preflight)
+                "crop_scale": (0.3, 1.0),
+                "crop_ratio": (3 / 4, 4 / 3),
+                "flip": False,
+                "eval_resize": 0,  # short side before the centre crop; 0 = the model's image size
+                "workers": 0,
+                "skip_bad": False,
+            },
+            "model": {
+                "size": "tiny",
+                "image": 64,
+                "patch": 8,
+                "width": 0,  # 0 in this group = what the size says
+                "depth": 0,
+                "heads": 0,
+                "hidden": 0,
+                "predictor_width": 0,
+                "predictor_depth": 0,
+                "predictor_heads": 0,
+                "depth_rescale": False,
+            },
+            "masks": {
+                "mode": "fixed",
+                "context_scale": (0.85, 1.0),
+                "target_scale": (0.15, 0.2),
+                "target_aspect": (0.75, 1.5),
+                "num_targets": 4,
+                "min_keep": 10,
+                "context_tokens": 0,
+                "collate": 128,
+            },
+            "objective": {
+                "distance": "smooth_l1",
+                "position_noise": 0.0,
+                "vicreg": 0.0,
+                "variance": 25.0,
+                "covariance": 1.0,
+                "invariance": 25.0,
+            },
+            "optim": {
+                "lr": 1e-3,
+                "start_lr": 2e-4,
+                "final_lr": 1e-6,
+                "warmup_epochs": 0.0,
+                "weight_decay": 0.04,
+                "final_weight_decay": 0.4,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "clip": 0.0,
+                "schedule_scale": 1.0,
+            },
+            "ema": {"start": 0.996, "final": 1.0},
+            "train": {
+                "epochs": 0.0,  # either epochs or steps
+                "steps": 0,
+                "batch": 128,
+                "seed": 0,
+                "log_every": 10,
+                "eval_every": 0,
+                "save_every": 500,
+                "accumulate": 1,
+                "profile_start": 10,
+                "profile_steps": 0,
+            },
+            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},
+            "policy": {"compute": "bfloat16", "remat": False, "unroll": 0},
+            "checkpoint": {"keep": 2},
+            "probe": {
+                "knn_train": 5000,  # images in the bank of the kNN monitor
+                "knn_test": 1000,
+                "linear": True,  # linear probe at the end
+                "train_examples": 0,  # of the linear probe; 0 = all
+                "test_examples": 0,
+                "epochs": 20,
+                "batch": 1024,
+            },
+            "writers": {"tensorboard": False, "wandb": False},
+        }
+    )
+
+
+def smoke(config: ConfigDict, *, image: int, patch: int) -> ConfigDict:
+    """Shrinks a config to a few steps that take seconds on a laptop, with the same code paths."""
+    config.model.update(image=image, patch=patch, width=32, depth=2, heads=2, hidden=64)
+    config.model.update(predictor_width=16, predictor_depth=1, predictor_heads=2)
+    config.train.update(epochs=0.0, steps=3, batch=8, log_every=1, eval_every=2, save_every=2)
+    config.optim.warmup_epochs = 0.0
+    config.masks.update(collate=8, context_tokens=0)
+    config.mesh.update(replica=1, fsdp=-1, tensor=1)
+    config.probe.update(
+        knn_train=32, knn_test=16, train_examples=64, test_examples=32, epochs=2, batch=16
+    )
+    return config

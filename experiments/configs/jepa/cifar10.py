@@ -1,0 +1,24 @@
+"""I-JEPA on CIFAR-10 (50,000 images of 32x32), ViT-tiny with patch 4.
+
+  python -m experiments.launch --config=experiments/configs/jepa/cifar10.py --workdir=runs/cifar10
+
+Arguments: smoke; epochs=N; seed=N. Prepare the data with `python -m common.data prepare cifar10`.
+"""
+
+from common.config import parse_arg
+from experiments.configs.jepa.base import base, smoke
+
+
+def get_config(arg: str = ""):
+    args = parse_arg(arg, smoke=False, epochs=20.0, seed=0)
+    config = base()
+    config.name = "cifar10"
+    config.data.update(name="cifar10", examples=50_000, flip=True)
+    config.model.update(size="tiny", image=32, patch=4)
+    config.optim.update(start_lr=1e-4, final_lr=1e-5, warmup_epochs=args.epochs * 0.1)
+    config.optim.update(final_weight_decay=0.04)
+    config.ema.update(start=0.99, final=1.0)
+    config.train.update(
+        epochs=args.epochs, batch=128, seed=args.seed, log_every=20, eval_every=1000
+    )
+    return smoke(config, image=32, patch=4) if args.smoke else config

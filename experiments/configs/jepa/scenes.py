@@ -1,0 +1,25 @@
+"""I-JEPA on rendered scenes: the main job of `make reproduce`.
+
+  python -m experiments.launch --config=experiments/configs/jepa/scenes.py --workdir=runs/scenes
+
+Arguments: smoke; epochs=N; seed=N.
+"""
+
+from common.config import parse_arg
+from experiments.configs.jepa.base import base, smoke
+
+
+def get_config(arg: str = ""):
+    args = parse_arg(arg, smoke=False, epochs=10.0, seed=0)
+    config = base()
+    config.name = "scenes"
+    config.data.update(name="scenes", examples=20_000, crop_scale=(0.6, 1.0))
+    config.model.update(size="tiny", image=64, patch=8, depth=6, predictor_depth=4)
+    config.optim.update(lr=1e-3, start_lr=1e-4, final_lr=1e-5, warmup_epochs=args.epochs * 0.1)
+    config.optim.update(final_weight_decay=0.04)
+    config.ema.update(start=0.99, final=1.0)
+    config.train.update(epochs=args.epochs, batch=128, seed=args.seed, eval_every=300)
+    if args.smoke:
+        smoke(config, image=32, patch=4)
+        config.data.name = "digits"
+    return config

@@ -1,0 +1,178 @@
+"""Job "jepa_pretrain": I-JEPA from images to probe, in one workdir.
+
+The workdir gets config.json, metrics.jsonl (one row per logged step), curves.png, checkpoints/, and result.json (one
+row with everything needed to run it again).
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from common.checkpoint import Checkpointer, CheckpointSpec
+from common.config import ConfigError
+from common.data import (
+    LoaderSpec,
+    Source,
+    check_fingerprint,
+    fingerprint,
+    open_source,
+    prefetch_to_device,
+    train_batches,
+)
+from common.distributed import EXIT_PREEMPTED
+from common.mesh import make_mesh
+from common.plots import curves
+from common.results import append_row, make_row
+from common.sharding import batch_sharding
+from common.train_loop import NonFiniteLoss, Preempted, train
+from common.writers import make_writer, read_rows
+from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
+from experiments.jepa_settings import Settings, resolve
+from jepa.recipe import AddMasks
+
+log = logging.getLogger("triptych")
+
+
+def run(values: dict[str, Any], workdir: Path) -> int:
+    """Runs the job; see experiments/launch.py for what it prints and returns."""
+    began = time.perf_counter()
+    try:
+        source, test_source = open_sources(values)
+        settings = resolve(values, len(source))
+        mesh = make_mesh(settings.mesh)
+        loader = LoaderSpec(
+            settings.train.batch,
+            settings.train.seed,
+            workers=settings.data.workers,
+            process=jax.process_index(),
+            num_processes=jax.process_count(),
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    recipe, spec = settings.recipe, settings.train
+    workdir.mkdir(parents=True, exist_ok=True)
+    add_masks = AddMasks(recipe.masks, spec.seed)
+    data_print = fingerprint(source, loader, settings.augmentation, add_masks)
+    _describe(settings, len(source), mesh)
+
+    def batches(start: int) -> Iterator[dict]:
+        host = train_batches(
+            source,
+            loader,
+            transform=settings.augmentation,
+            batch_transform=add_masks,
+            start_step=start,
+        )
+        return prefetch_to_device(host, batch_sharding(mesh))
+
+    def open_writer(restored_step: int):
+        return make_writer(
+            workdir,
+            spec.steps,
+            restored_step=restored_step,
+            items_per_step=spec.batch,
+            unit="images",
+            tensorboard=settings.writers.tensorboard,
+            wandb={"project": "triptych", "run_id": workdir.name}
+            if settings.writers.wandb
+            else None,
+        )
+
+    def on_restore(step: int, meta: dict) -> None:
+        try:
+            check_fingerprint(meta["data"], data_print)
+        except ValueError as error:
+            raise ConfigError(f"{workdir}: {error}") from error
+
+    _write_json(workdir / "config.json", settings.values)
+    try:
+        with Checkpointer(
+            workdir / "checkpoints", CheckpointSpec(settings.checkpoint.keep)
+        ) as saver:
+            state, seconds = train(
+                recipe,
+                spec,
+                mesh=mesh,
+                batches=batches,
+                open_writer=open_writer,
+                checkpointer=saver,
+                workdir=workdir,
+                meta={"config": settings.values, "data": data_print},
+                evals={"eval": online_monitor(settings, mesh, source, test_source)},
+                on_restore=on_restore,
+            )
+    except Preempted as stop:
+        log.warning("%s; start the same command again to continue", stop)
+        return EXIT_PREEMPTED
+    except NonFiniteLoss as error:
+        log.error("error: %s", error)
+        return 1
+    finally:
+        if (workdir / "metrics.jsonl").exists() and jax.process_index() == 0:
+            curves(read_rows(workdir / "metrics.jsonl"), workdir / "curves.png")
+
+    metrics = _last_eval(workdir)
+    if settings.probe.linear:
+        log.info("linear probe on frozen features of the target encoder")
+        encode = encode_fn(recipe.encoder, state.extra["target"])
+        metrics |= linear_probes(settings, mesh, encode, source, test_source)
+    if jax.process_index() == 0:
+        row = make_row(
+            job="jepa_pretrain",
+            config=settings.name,
+            metrics=metrics,
+            seeds=[spec.seed],
+            steps=spec.steps,
+            wall_seconds=time.perf_counter() - began,
+            resolved=settings.values,
+        )
+        _write_json(workdir / "result.json", dataclasses.asdict(row))
+        append_row(workdir / "results.jsonl", row)
+        log.info("\n".join(f"  {name:28s} {value:8.4f}" for name, value in metrics.items()))
+        log.info("wrote %s", workdir / "result.json")
+    return 0
+
+
+def open_sources(values: dict[str, Any]) -> tuple[Source, Source]:
+    """The training and test sets of a config's `data` group."""
+    data = values["data"]
+    opened = [
+        open_source(data["name"], data[split], data["data_dir"] or None, skip_bad=data["skip_bad"])
+        for split in ("split", "test_split")
+    ]
+    return opened[0], opened[1]
+
+
+def _describe(settings: Settings, examples: int, mesh) -> None:
+    model, masks = settings.recipe.model, settings.recipe.masks
+    abstract = jax.eval_shape(settings.recipe.init, jax.random.key(0))
+    count = {k: sum(p.size for p in jax.tree.leaves(v)) / 1e6 for k, v in abstract.items()}
+    log.info(
+        "%s: %d images, encoder %.2f M + predictor %.2f M parameters, grid %dx%d, context %d tokens, %d targets of up "
+        "to %d, mesh %s, %d steps of %d",
+        settings.name, examples, count["encoder"], count["predictor"], *model.grid, masks.context_size,
+        masks.num_targets, masks.target_size, dict(mesh.shape), settings.train.steps, settings.train.batch,
+    )  # fmt: skip
+
+
+def _last_eval(workdir: Path) -> dict[str, float]:
+    """The last row of online evaluation, without its prefix."""
+    rows = [
+        r for r in read_rows(workdir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)
+    ]
+    return (
+        {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}
+        if rows
+        else {}
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,10 @@
+"""The registry of jobs: a config's `job` names one of these functions of (settings, workdir) -> exit code."""
+
+from common.checkpoint import DamagedError, StructureError
+from common.config import ConfigError
+from experiments import jepa_pretrain
+
+JOBS = {"jepa_pretrain": jepa_pretrain.run}
+
+# What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
+KNOWN_ERRORS = (ConfigError, StructureError, DamagedError)

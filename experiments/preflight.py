@@ -1,0 +1,253 @@
+"""Compiles a config's real train step for a TPU pod, without the pod.
+
+  python -m experiments.preflight --config=experiments/configs/jepa/in1k_vith14.py --topology=v5e:16x16
+  python -m experiments.preflight --all --topology=v5e:16x16       # the four released recipes; writes the table
+
+Prints per-chip memory against the chip's HBM, FLOPs, the collectives by kind with their bytes, and whether it fits. The
+sharding rules stand or fall here. Needs the `tpu` extra (libtpu compiles on any x86 machine); takes a minute or two a
+recipe. Exit codes: 0 fits, 1 does not fit or does not compile, 2 a setting is wrong.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+# This process compiles for TPUs and runs nothing: the CPU is its only device, and no cloud is asked about a TPU.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+RELEASED = ("in1k_vith14", "in1k_vith16_448", "in22k_vith14", "in22k_vitg16")
+TABLE = Path(__file__).parent / "results" / "preflight.json"
+HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # per chip, as Google documents them
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a compiled step needs on each chip.
+
+    Attributes:
+      state_gib: parameters, moments, EMA target and batch.  temp_gib: activations and buffers at their peak.
+      flops: of the whole step, all chips, matrix products only.
+      collectives: kind -> (count, GiB moved through one chip), loops counted in full.
+      seconds_at_peak: FLOPs over the pod's bf16 peak: the least time a step can take.
+    """
+
+    config: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    batch: int
+    state_gib: float
+    temp_gib: float
+    hbm_gib: float
+    flops: float
+    seconds_at_peak: float
+    collectives: dict[str, tuple[int, float]]
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.state_gib + self.temp_gib <= self.hbm_gib
+
+
+def check(config: dict[str, Any], topology: str) -> Report:
+    """Compiles the train step of a "jepa_pretrain" config for a topology such as "v5e:16x16".
+
+    Raises:
+      ConfigError: a setting, the topology or the mesh is wrong, or the `tpu` extra is missing.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from common.config import ConfigError
+    from common.flops import PEAK_FLOPS, traced_flops
+    from common.mesh import make_mesh
+    from common.sharding import batch_sharding, replicated
+    from common.state import abstract_with_shardings, state_shardings
+    from common.train_step import make_train_step
+    from experiments.jepa_settings import resolve
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "preflight compiles with libtpu, which is not installed: pip install '.[tpu]'"
+        )
+    chip = topology.partition(":")[0]
+    if chip not in HBM_GIB:
+        raise ConfigError(
+            f"--topology={topology}: chip {chip!r} is unknown; known: {', '.join(HBM_GIB)}"
+        )
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        raise ConfigError(f"--topology={topology}: {error}") from error
+
+    settings = resolve(config)
+    # On a TPU the depth loop is a loop; "0" would look at this process's CPU.
+    policy = dataclasses.replace(settings.recipe.policy, unroll=settings.recipe.policy.unroll or 1)
+    recipe = dataclasses.replace(settings.recipe, policy=policy)
+    try:
+        mesh = make_mesh(settings.mesh, devices)
+        abstract, sharding = state_shardings(recipe, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    rows = batch_sharding(mesh)
+    state = abstract_with_shardings(abstract, sharding)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        for name, x in recipe.batch_shapes(settings.train.batch).items()
+    }
+    step = make_train_step(recipe, settings.train.accumulate)
+    expected = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    began = time.perf_counter()
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+            .lower(state, batch, expected)
+            .compile()
+        )
+        flops = traced_flops(step, state, batch, expected)
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    peak = PEAK_FLOPS[{"v5e": "TPU v5e", "v4": "TPU v4", "v5p": "TPU v5", "v6e": "TPU v6"}[chip]]
+    return Report(
+        config=settings.name,
+        topology=topology,
+        chips=len(devices),
+        mesh=dict(mesh.shape),
+        batch=settings.train.batch,
+        state_gib=memory.argument_size_in_bytes / 2**30,
+        temp_gib=(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**30,
+        hbm_gib=HBM_GIB[chip],
+        flops=flops,
+        seconds_at_peak=flops / (peak * len(devices)),
+        collectives=count_collectives(compiled.as_text()),
+        compile_seconds=seconds,
+    )  # fmt: skip
+
+
+def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:
+    """Collectives of an optimised HLO module: kind -> (count, GiB of results), loop bodies times their trip counts."""
+    local: dict[str, dict[str, list[float]]] = {}
+    calls: dict[str, list[tuple[str, int]]] = {}
+    entry, name = "", ""
+    for line in hlo.splitlines():
+        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            name = header[2]
+            entry = name if header[1] else entry
+            local[name], calls[name] = defaultdict(lambda: [0, 0.0]), []
+            continue
+        found = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
+        if found:
+            count = local[name][found[2]]
+            count[0] += 1
+            count[1] += _result_bytes(found[1], start=bool(found[3]))
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        for kind, called in re.findall(
+            r"(body|to_apply|calls|called_computation)=%?([\w.\-]+)", line
+        ):
+            calls[name].append((called, int(trips[1]) if trips and kind == "body" else 1))
+    total: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+
+    def visit(computation: str, times: int) -> None:
+        for kind, (count, size) in local.get(computation, {}).items():
+            total[kind][0] += count * times
+            total[kind][1] += size * times
+        for called, trips in calls.get(computation, []):
+            visit(called, times * trips)
+
+    visit(entry, 1)
+    return {kind: (int(count), size / 2**30) for kind, (count, size) in sorted(total.items())}
+
+
+def _result_bytes(shapes: str, start: bool) -> float:
+    """Bytes of an instruction's results. An asynchronous start also lists its operands: the larger half is the result."""
+    sizes = []
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        size = float(BYTES.get(kind, 4))
+        for dim in filter(None, dims.split(",")):
+            size *= int(dim)
+        sizes.append(size)
+    return max(sizes, default=0.0) if start else sum(sizes)
+
+
+def describe(r: Report) -> str:
+    """The report as a few lines of text."""
+    lines = [
+        f"{r.config} on {r.topology} ({r.chips} chips, mesh {r.mesh}), global batch {r.batch}",
+        f"  state and batch  {r.state_gib:8.2f} GiB per chip",
+        f"  temporaries      {r.temp_gib:8.2f} GiB per chip",
+        f"  HBM              {r.hbm_gib:8.2f} GiB per chip -> {'FITS' if r.fits else 'DOES NOT FIT'}",
+        f"  matmul FLOPs     {r.flops:8.3g} per step; {r.seconds_at_peak * 1e3:.1f} ms at the pod's bf16 peak",
+    ]
+    lines += [
+        f"  {kind:16s} {count:5d} per step, {size:8.2f} GiB through a chip"
+        for kind, (count, size) in r.collectives.items()
+    ]
+    return "\n".join([*lines, f"  compiled in {r.compile_seconds:.0f} s"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--config", help="PATH.py or PATH.py:argument")
+    parser.add_argument(
+        "--all", action="store_true", help="the four released recipes; writes the committed table"
+    )
+    parser.add_argument(
+        "--topology", default="v5e:16x16", help="chip:grid, e.g. v5e:16x16, v4:4x4x8, v6e:16x16"
+    )
+    args = parser.parse_args(argv)
+    if bool(args.config) == args.all:
+        parser.error("give either --config or --all")
+    here = Path(__file__).parent / "configs" / "jepa"
+    paths = [here / f"{name}.py" for name in RELEASED] if args.all else [args.config]
+
+    from common.config import ConfigError
+
+    reports = []
+    try:
+        for path in paths:
+            print(f"compiling {path} for {args.topology} ...", file=sys.stderr, flush=True)
+            reports.append(check(_load(str(path)), args.topology))
+            print(describe(reports[-1]), flush=True)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.all:
+        TABLE.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")
+        print(f"wrote {TABLE}")
+    return 0 if all(r.fits for r in reports) else 1
+
+
+def _load(path_and_arg: str) -> dict[str, Any]:
+    """The settings that a config file's get_config returns."""
+    from common.config import ConfigError
+
+    path, _, arg = path_and_arg.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config={path}: no such file")
+    spec = importlib.util.spec_from_file_location("config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg).to_dict()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The Vision Transformer encoder (ijepa spec 1.3).
+
+Legend: B batch, N tokens of the grid, K kept tokens, D width, H/W/C image height, width, channels, L layers.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+
+from common.nn.embed import PatchEmbed, gather_tokens, sincos_2d
+from common.nn.layers import Block, LayerNorm
+from common.nn.module import Module, Params, define, init_stack, scan_stack
+from common.nn.policy import Policy
+from jepa.config import ViTConfig
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Patches + positions -> (only the kept tokens) -> pre-norm blocks -> LayerNorm. No class token."""
+
+    config: ViTConfig
+    policy: Policy = Policy()
+
+    @cached_property
+    def _parts(self) -> dict[str, Module]:
+        c, policy = self.config, self.policy
+        return {
+            "patch": define(lambda rngs: PatchEmbed(c.patch, c.channels, c.width, policy, rngs)),
+            "block": define(lambda rngs: Block(c.width, c.heads, c.hidden, policy, rngs)),
+            "norm": define(lambda rngs: LayerNorm(c.width, rngs=rngs)),
+        }
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters {"patch", "blocks" (stacked on a leading layer axis), "norm"}."""
+        k_patch, k_blocks, k_norm = jax.random.split(key, 3)
+        blocks = init_stack(self._parts["block"], self.config.depth, k_blocks)
+        return {
+            "patch": self._parts["patch"].init(k_patch),
+            "blocks": rescale_by_depth(blocks) if self.config.depth_rescale else blocks,
+            "norm": self._parts["norm"].init(k_norm),
+        }
+
+    def embed(self, params: Params, x_BHWC: jax.Array) -> jax.Array:
+        """Patch tokens with their positions, [B, N, D]."""
+        if x_BHWC.shape[1:] != (*self.config.image, self.config.channels):
+            raise ValueError(
+                f"the encoder is built for images {(*self.config.image, self.config.channels)}, got "
+                f"{x_BHWC.shape[1:]}; resize them, or set model.image"
+            )
+        return self._parts["patch"](params["patch"], x_BHWC) + sincos_2d(
+            *self.config.grid, self.config.width
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        x_BHWC: jax.Array,
+        keep_BK: jax.Array | None = None,
+        valid_BK: jax.Array | None = None,
+    ) -> jax.Array:
+        """Encodes normalised images [B, H, W, C] to tokens [B, N, D], or [B, K, D] when only `keep_BK` is kept.
+
+        Dropped tokens leave before the first block, so they never enter attention. `valid_BK` marks padding (False) in
+        `keep_BK`: nothing attends to it.
+        """
+        x_BND = self.embed(params, x_BHWC)
+        if keep_BK is not None:
+            x_BND = gather_tokens(x_BND, keep_BK)
+        x_BND = self._run(params["blocks"], x_BND, valid_BK)
+        return self._parts["norm"](params["norm"], x_BND)
+
+    def layers(self, params: Params, x_BHWC: jax.Array, last: int = 4) -> jax.Array:
+        """The outputs of the last `last` blocks, each through the final norm: [last, B, N, D]. Probes read these."""
+        if not 1 <= last <= self.config.depth:
+            raise ValueError(f"cannot take the last {last} of {self.config.depth} layers")
+        x_BND = self.embed(params, x_BHWC)
+        split = self.config.depth - last
+        if split:
+            x_BND = self._run(jax.tree.map(lambda p: p[:split], params["blocks"]), x_BND, None)
+        outputs = []
+        for i in range(split, self.config.depth):
+            x_BND = self._run(
+                jax.tree.map(lambda p, i=i: p[i : i + 1], params["blocks"]), x_BND, None
+            )
+            outputs.append(self._parts["norm"](params["norm"], x_BND))
+        return jnp.stack(outputs)
+
+    def _run(self, blocks: Params, x_BND: jax.Array, valid_BN: jax.Array | None) -> jax.Array:
+        return run_blocks(self._parts["block"], blocks, x_BND, valid_BN, self.policy)
+
+
+def run_blocks(
+    block: Module, stacked: Params, x_BND: jax.Array, valid_BN: jax.Array | None, policy: Policy
+) -> jax.Array:
+    """The stack of blocks over tokens, under the policy's loop layout and rematerialisation."""
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    x_BND = policy.constrain(x_BND)
+    return scan_stack(
+        lambda p, x: policy.constrain(block(p, x, valid_BN)),
+        stacked,
+        x_BND,
+        unroll=policy.blocks_per_turn(depth),
+        remat=policy.remat,
+    )
+
+
+def rescale_by_depth(blocks: Params) -> Params:
+    """Divides the attention output and second MLP matrix of block l (1-based) by sqrt(2 l)."""
+
+    def rescale(path, p):
+        names = [k.key for k in path]
+        if names in (["attention", "out", "kernel"], ["mlp", "down", "kernel"]):
+            return p / jnp.sqrt(2.0 * jnp.arange(1, p.shape[0] + 1))[:, None, None]
+        return p
+
+    return jax.tree_util.tree_map_with_path(rescale, blocks)
