@@ -35,7 +35,6 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 FORMAT_VERSION = 1
-
 T = TypeVar("T")
 
 log = logging.getLogger("triptych")
@@ -63,16 +62,15 @@ class CheckpointSpec:
     every_steps: int = 0
 
     def __post_init__(self):
-        for name, least in (("keep", 1), ("every_steps", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"checkpoint.{name}={value}: must be at least {least}")
+        if self.keep < 1 or self.every_steps < 0:
+            raise ValueError(f"{self}: keep must be at least 1, and every_steps at least 0")
 
 
 class Checkpointer:
     """Saves and restores the states of one run. As a context manager it waits for the last save.
 
     Every process of a run calls every method, in the same order. What a killed run left half
-    written is removed when the next one starts.
+    written is removed by the next one's first save.
     """
 
     def __init__(self, directory: str | PathLike, spec: CheckpointSpec = CheckpointSpec()):
@@ -81,10 +79,9 @@ class Checkpointer:
         kept: list[Any] = [policies.LatestN(spec.keep)]
         if spec.every_steps:
             kept.append(policies.EveryNSteps(spec.every_steps))
-        registry = ocp.handlers.local_registry()
-        registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         context = ocp.Context()
-        context.checkpointables.registry = registry
+        context.checkpointables.registry = ocp.handlers.local_registry()
+        context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
         self._orbax = ocp.training.Checkpointer(
             self._directory,
             context=context,
@@ -117,23 +114,21 @@ class Checkpointer:
         self.wait()
         if step == self._current:
             return
-        self._set_aside()
-        if step in self.steps():
+        if step in set(self.steps()) - set(self._abandoned):
             raise FileExistsError(
-                f"{self._directory} holds a step {step} that this run neither saved nor restored: "
-                "restore first, or use another directory"
+                f"{self._directory} holds another run's step {step}: restore it, or save elsewhere"
             )
         arrays, _ = _named(state)
         for name, leaf in arrays.items():
             if not isinstance(leaf, jax.Array):
                 raise TypeError(f"state leaf {name} is a {type(leaf).__name__}, not a jax array")
         with jax.transfer_guard("allow"):
-            fingerprints = _fingerprints(arrays)
-            leaves = {n: [*_described(leaf), fingerprints[n]] for n, leaf in arrays.items()}
+            leaves = _manifest(arrays)
             document = {"format_version": FORMAT_VERSION, "leaves": leaves, "meta": dict(meta)}
-            self._orbax.save_checkpointables_async(
-                step, {"state": _stored(arrays), "meta": _sealed(document)}, force=True
-            )
+            items = {"state": _stored(arrays), "meta": _sealed(document)}
+            if self._abandoned:
+                self._set_aside()
+            self._orbax.save_checkpointables_async(step, items, force=True)
         self._current = step
         if wait:
             self.wait()
@@ -141,9 +136,7 @@ class Checkpointer:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict] | None:
         """(state, meta) of `step`, or of the newest undamaged checkpoint; None if none is there.
 
-        Args:
-          abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, whose structure and
-            shardings the state gets.
+        `abstract_state` is a pytree of `jax.ShapeDtypeStruct`, each with a sharding.
 
         Raises:
           StructureError: lists every array that is missing, unexpected or misshapen.
@@ -153,9 +146,8 @@ class Checkpointer:
         self.wait()
         if step is None and not self.steps():
             return None
-        at, state, meta = _newest_intact(
-            self._directory, step, lambda step: _load(self._directory, step, abstract_state)
-        )
+        read = lambda step: _load(self._directory, step, abstract_state)  # noqa: E731
+        at, state, meta = _newest_intact(self._directory, step, read)
         self._current, self._abandoned = at, [s for s in self.steps() if s > at]
         return state, meta
 
@@ -171,7 +163,7 @@ class Checkpointer:
         """Returns when the save in flight is on disk; raises what went wrong with it."""
         try:
             self._orbax.wait()
-        except BaseException:
+        except Exception:
             self._current = None
             self._orbax.reload()
             raise
@@ -184,25 +176,17 @@ class Checkpointer:
             self._orbax.close()
 
     def _set_aside(self) -> None:
-        if not self._abandoned:
-            return
         for step in self._abandoned if jax.process_index() == 0 else ():
             target = self._directory / f"{step}.abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
             (self._directory / str(step)).rename(target)
             log.warning(f"checkpoint {step} is set aside as {target}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoint set aside")
+        multihost_utils.sync_global_devices("checkpoint set aside")
         self._abandoned = []
         self._orbax.reload()
 
 
 def read_meta(directory: str | PathLike, step: int | None = None) -> dict:
-    """The caller's meta of `step`, or of the newest checkpoint whose meta is undamaged.
-
-    Raises:
-      FileNotFoundError: there is no such checkpoint.
-      DamagedError: none can be read.
-    """
+    """The caller's meta of `step`, or of the newest with undamaged meta. Raises as `restore_params`."""
     directory = _absolute(directory)
     return _newest_intact(directory, step, lambda step: _document(directory, step))["meta"]
 
@@ -218,9 +202,8 @@ def restore_params(
     Raises as `Checkpointer.restore`, and FileNotFoundError where there is no checkpoint.
     """
     directory = _absolute(directory)
-    return _newest_intact(
-        directory, step, lambda step: _load(directory, step, abstract_params, path)
-    )[1]
+    read = lambda step: _load(directory, step, abstract_params, path)  # noqa: E731
+    return _newest_intact(directory, step, read)[1]
 
 
 def _absolute(directory: str | PathLike) -> epath.Path:
@@ -234,28 +217,22 @@ def _steps(directory: epath.Path) -> list[int]:
 def _newest_intact(directory: epath.Path, step: int | None, read: Callable[[int], T]) -> T:
     """`read` of `step`, or of the newest step in which it finds no damage."""
     steps = _steps(directory)
-    if not steps or (step is not None and step not in steps):
-        which = "checkpoint" if step is None else f"checkpoint of step {step}"
+    candidates = [s for s in reversed(steps) if step in (None, s)]
+    if not candidates:
+        which = "checkpoint" if step is None else f"checkpoint {step}"
         raise FileNotFoundError(f"no {which} in {directory}; it holds steps {steps}")
-    damage = []
-    candidates = steps[::-1] if step is None else [step]
-    for candidate, before in zip(candidates, [*candidates[1:], None]):
+    damage: list[str] = []
+    for candidate in candidates:
+        if damage:
+            log.warning(f"{damage[-1]}; falling back to step {candidate} in {directory}")
         try:
             return read(candidate)
         except DamagedError as error:
-            damage.append(f"step {candidate}: {error}")
-            if before is not None:
-                log.warning(
-                    f"checkpoint {candidate} in {directory} is damaged ({error}); "
-                    f"falling back to checkpoint {before}"
-                )
-    raise DamagedError(f"no undamaged checkpoint in {directory}: " + "; ".join(damage))
+            damage.append(f"checkpoint {candidate} is damaged ({error})")
+    raise DamagedError(f"no whole checkpoint in {directory}: " + "; ".join(damage))
 
 
-def _load(
-    directory: epath.Path, step: int, abstract: Any, path: tuple[str, ...] = ()
-) -> tuple[int, Any, dict]:
-    """(step, state, meta), verified."""
+def _load(directory: epath.Path, step: int, abstract: Any, path=()) -> tuple[int, Any, dict]:
     document = _document(directory, step)
     wanted, treedef = _named(abstract, path)
     wanted = {name: _placed(name, leaf) for name, leaf in wanted.items()}
@@ -263,18 +240,14 @@ def _load(
     saved = {n: leaf for n, leaf in document["leaves"].items() if f"{n}/".startswith(below)}
     _check_structure(saved, wanted, directory / str(step))
     arrays = _together(_read_arrays, directory / str(step), wanted)
-    fingerprints = _fingerprints(arrays)
-    if changed := [name for name in wanted if fingerprints[name] != saved[name][2]]:
+    manifest = _manifest(arrays)
+    if changed := [name for name in wanted if manifest[name] != saved[name]]:
         raise DamagedError(f"the content of {', '.join(changed)} is not what was saved")
     return step, treedef.unflatten(arrays[name] for name in wanted), document["meta"]
 
 
 def _placed(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding
-    if sharding is None:
-        if jax.process_count() > 1:
-            raise ValueError(f"abstract leaf {name} needs a sharding")
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
         sharding.shard_shape(leaf.shape)
     except ValueError as error:  # the caller's mistake, which loading would take for damage
@@ -316,10 +289,6 @@ def _named(tree: Any, path: tuple[str, ...] = ()) -> tuple[dict[str, Any], Any]:
     return named, treedef
 
 
-def _described(leaf: Any) -> list:
-    return [str(leaf.dtype), list(leaf.shape)]
-
-
 def _sealed(document: dict) -> dict:
     document = json.loads(json.dumps(document))
     return document | {"crc32": zlib.crc32(json.dumps(document, sort_keys=True).encode())}
@@ -336,17 +305,14 @@ def _document(directory: epath.Path, step: int) -> dict:
         return document
 
     document = _together(read)
-    if document["format_version"] > FORMAT_VERSION:
+    if (version := document["format_version"]) > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format {document['format_version']}, newer than {FORMAT_VERSION}, which "
-            "this code reads: update it"
+            f"{path} has format {version}; this code reads {FORMAT_VERSION}: update it"
         )
     return document
 
 
-def _check_structure(
-    saved: dict[str, list], wanted: dict[str, jax.ShapeDtypeStruct], where: epath.Path
-) -> None:
+def _check_structure(saved: dict[str, list], wanted: dict[str, Any], where: epath.Path) -> None:
     def near(name: str, others) -> str:
         found = difflib.get_close_matches(name, sorted(others), n=1)
         return f" (nearest: {found[0]})" if found else ""
@@ -355,28 +321,33 @@ def _check_structure(
     lines = [f"  missing: {name}{near(name, unexpected or saved)}" for name in sorted(missing)]
     lines += [f"  unexpected: {name}{near(name, missing or wanted)}" for name in sorted(unexpected)]
     for name in sorted(wanted.keys() & saved.keys()):
-        has, wants = "{}{}".format(*saved[name]), "{}{}".format(*_described(wanted[name]))
-        if has != wants:
-            lines.append(f"  misshapen: {name} is {has} in the checkpoint, {wants} in the model")
+        has, leaf = saved[name], wanted[name]
+        if has[:2] != [str(leaf.dtype), list(leaf.shape)]:
+            in_model = f"{leaf.dtype}{list(leaf.shape)} in the model"
+            lines.append(f"  misshapen: {name} is {has[0]}{has[1]} in the checkpoint, {in_model}")
     if lines:
         raise StructureError(
-            f"{where} holds another model. Use the config that it was saved with (in its meta), or "
-            "take the part that fits with restore_params.\n" + "\n".join(lines)
+            f"{where} holds another model. Use the config it was saved with (see its meta), or take "
+            "the part that fits with restore_params.\n" + "\n".join(lines)
         )
 
 
-def _fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    values = jax.device_get([_fingerprint(leaf) for leaf in arrays.values()])
-    return {name: int(value) for name, value in zip(arrays, values)}
+def _manifest(arrays: dict[str, jax.Array]) -> dict[str, list]:
+    """[dtype, shape, fingerprint] of each."""
+    fingerprints = jax.device_get([_fingerprint(leaf) for leaf in arrays.values()])
+    return {
+        name: [str(leaf.dtype), list(leaf.shape), int(fingerprint)]
+        for (name, leaf), fingerprint in zip(arrays.items(), fingerprints)
+    }
 
 
 @jax.jit
 def _fingerprint(x: jax.Array) -> jax.Array:
     """uint32 hash of the bits of x: each element mixed with its position, summed modulo 2^32.
 
-    Orbax's files have no checksum over array data: flipped bits would load in silence. A sum does
-    not depend on layout: each device hashes its shard, and all meshes agree. The mix (murmur3's
-    finalizer) is a bijection, so one changed word is always seen; of other changes, 2^-32 are not.
+    Orbax has no checksum over array data: flipped bits would load in silence. A sum does not depend
+    on layout: each device hashes its shards, all meshes agree. As the mix (murmur3's finalizer) is a
+    bijection, one changed word is always seen; of other changes, 2^-32 are not.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
@@ -387,8 +358,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     bits = (jnp.iinfo if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo)(x.dtype).bits
     if bits < 8:
         x, bits = x.astype(jnp.float32), 32  # int4 and its like: exact
-    word = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint32}[bits]
-    h = lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    h = lax.bitcast_convert_type(x, f"uint{min(bits, 32)}").astype(jnp.uint32)
     position = jnp.uint32(0)
     for axis, size in enumerate(h.shape):
         position = position * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, h.shape, axis)
@@ -412,12 +382,9 @@ def _together(read: Callable[..., T], *args: Any) -> T:
                 raise  # trouble of this machine (out of memory), not of the checkpoint
             problem = f"{type(root).__name__}: {root}"[:300]
             del error, root
-        if problem is not None:
+        if failed := problem is not None:
             gc.collect()
-    failed = problem is not None
-    if jax.process_count() > 1:
-        failed = bool(np.any(multihost_utils.process_allgather(np.int32(failed))))
-    if failed:
+    if np.any(multihost_utils.process_allgather(np.int32(failed))):
         raise DamagedError(problem or "another process could not read its part")
     return result  # pyright: ignore[reportReturnType]
 
@@ -428,8 +395,7 @@ def _muted():
     asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     asyncio_log.disabled, sys.unraisablehook = True, lambda _: None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         asyncio_log.disabled, sys.unraisablehook = False, hook

@@ -1,9 +1,10 @@
-"""Collapse monitors on frozen features: each a pure function of arrays (ijepa spec 6.3).
+"""Collapse monitors on frozen features: each a pure, jitted function of arrays (ijepa spec 6.3).
 
 They say that, and how, training has collapsed. None of them can choose a checkpoint: on small data,
 loss falls and rank rises while accuracy decays (spec 6.2).
 
-Legend: B images, N tokens (patches, row by row), K predicted slots, D features, R rows of tokens or images.
+Legend: B images, N tokens (patches, row by row), K predicted slots, D features, R rows of tokens or
+images.
 """
 
 import functools
@@ -19,28 +20,32 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+@jax.jit
 def pooled_std(z_BD: jax.Array) -> jax.Array:
     """Mean over features of the standard deviation over images.
 
-    In [0, inf); 0 says that all images look the same. It scales with the features: see `normalized_std`.
+    In [0, inf); 0 says that all images look the same. It scales with the features: see
+    `normalized_std`.
     """
     return z_BD.std(axis=0).mean()
 
 
+@jax.jit
 def normalized_std(z_BD: jax.Array) -> jax.Array:
     """`pooled_std` of L2-normalised features (Chen & He 2021, SimSiam, section 4.1).
 
-    In [0, 1 / sqrt(D)]: 0 for collapse, near 1 / sqrt(D) for directions spread over the sphere. The scale
-    of an image's features does not matter.
+    In [0, 1 / sqrt(D)]: 0 for collapse, near 1 / sqrt(D) for directions spread over the sphere. The
+    scale of an image's features does not matter.
     """
     return pooled_std(_unit(z_BD))
 
 
+@jax.jit
 def rankme(z_RD: jax.Array) -> jax.Array:
     """Effective rank exp(-sum_k p_k ln p_k), with p = singular values / their sum (Garrido et al. 2023).
 
-    In [1, min(R, D)], and 1 for all zeros. Scale and rotation do not matter. As in the paper, features
-    are not centred; the 1e-7 that it adds to p is left out, as 0 ln 0 is taken as 0.
+    In [1, min(R, D)], and 1 for all zeros. Scale and rotation do not matter. As in the paper,
+    features are not centred; the 1e-7 that it adds to p is left out, as 0 ln 0 is taken as 0.
     """
     # Not from the eigenvalues of the Gram matrix: in float32 their roots are noise below 3e-4 of the
     # largest, and D of those add up to a rank of their own.
@@ -49,6 +54,7 @@ def rankme(z_RD: jax.Array) -> jax.Array:
     return jnp.exp(-jax.scipy.special.xlogy(p, p).sum())
 
 
+@jax.jit
 def token_rankme(tokens_BND: jax.Array) -> jax.Array:
     """`rankme` over the tokens of all images together, in [1, min(B N, D)].
 
@@ -57,6 +63,7 @@ def token_rankme(tokens_BND: jax.Array) -> jax.Array:
     return rankme(tokens_BND.reshape(-1, tokens_BND.shape[-1]))
 
 
+@jax.jit
 def cross_sample_gap(
     pred_BKD: jax.Array,
     target_BND: jax.Array,
@@ -65,8 +72,9 @@ def cross_sample_gap(
 ) -> jax.Array:
     """Mean of cos(prediction, own target) - cos(prediction, another image's target at the same patch).
 
-    In [-2, 2]. 0 says that predictions ignore the image and know the position at most, whatever the loss
-    says (ijepa spec 6.3). The second term is the exact mean over all other images of the batch.
+    In [-2, 2]. 0 says that predictions ignore the image and know the position at most, whatever the
+    loss says (ijepa spec 6.3). The second term is the exact mean over all other images of the
+    batch.
 
     Args:
       pred_BKD: predictions of K patches of each image.
@@ -84,15 +92,17 @@ def cross_sample_gap(
     return jnp.average(gap_BK, weights=None if valid_BK is None else valid_BK.astype(gap_BK.dtype))
 
 
+@functools.partial(jax.jit, static_argnames="grid")
 def token_position_r2(
     tokens_BND: jax.Array, grid: tuple[int, int], ridge: float = 1e-3
 ) -> jax.Array:
     """R^2 of a ridge regression from a token to its (row, column): how much of a token is its place.
 
-    Fitted on the even images, measured on the odd ones, averaged over the coordinates that vary. At most
-    1; near 0 when tokens carry no position, and below it when the fit does worse than the mean. Random
-    initialisation gives about 1, as positions are added to tokens; healthy training falls below 0.9; a
-    value that stays at 1 while `rankme` falls is positional collapse (ijepa spec 6.3).
+    Fitted on the even images, measured on the odd ones, averaged over the coordinates that vary. At
+    most 1; near 0 when tokens carry no position, and below it when the fit does worse than the
+    mean. Random initialisation gives about 1, as positions are added to tokens; healthy training
+    falls below 0.9; a value that stays at 1 while `rankme` falls is positional collapse (ijepa spec
+    6.3).
 
     Args:
       tokens_BND: of at least two images, N = rows x columns, row by row.
@@ -104,26 +114,23 @@ def token_position_r2(
     rows, cols = grid
     if rows * cols != N or N < 2 or B < 2:
         raise ValueError(
-            f"tokens of shape {tokens_BND.shape} do not fit a {rows} x {cols} grid of two patches or more, "
-            "for two images or more"
+            f"tokens of shape {tokens_BND.shape} do not fit a {rows} x {cols} grid of two patches or
+            more, " "for two images or more"
         )
     place_NP = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(cols), indexing="ij"), -1)
     axes = [axis for axis, size in enumerate(grid) if size > 1]
     place_NP = place_NP.reshape(N, 2)[:, jnp.array(axes)].astype(jnp.float32)
-    place_NP = (place_NP - place_NP.mean(0)) / place_NP.std(
-        0
-    )  # so that R^2 = 1 - mean square error
+    place_NP = (place_NP - place_NP.mean(0)) / place_NP.std(0)  # R^2 = 1 - mean square error
 
     tokens_BND = tokens_BND.astype(jnp.float32)
-    tokens_BND = tokens_BND - tokens_BND[::2].mean((0, 1))
-    fit_BND, test_BND = tokens_BND[::2], tokens_BND[1::2]
-    rows_fit = fit_BND.shape[0] * N
-    cov_DD = _einsum("bnd,bne->de", fit_BND, fit_BND) / rows_fit
-    cross_DP = _einsum("bnd,np->dp", fit_BND, place_NP) / rows_fit
-    penalty = ridge * jnp.trace(cov_DD) / D + jnp.finfo(jnp.float32).tiny
-    weight_DP = jnp.linalg.solve(cov_DD + penalty * jnp.eye(D), cross_DP)
-    error_BNP = _einsum("bnd,dp->bnp", test_BND, weight_DP) - place_NP
-    return 1 - jnp.square(error_BNP).mean()
+    rounding = 1e-10 * jnp.square(tokens_BND).mean()  # variance that centring may leave in a
+    constant tokens_BND = tokens_BND - tokens_BND[::2].mean((0, 1)) fit_BND, test_BND =
+    tokens_BND[::2], tokens_BND[1::2] rows_fit = fit_BND.shape[0] * N cov_DD =
+    _einsum("bnd,bne->de", fit_BND, fit_BND) / rows_fit cross_DP = _einsum("bnd,np->dp", fit_BND,
+    place_NP) / rows_fit penalty = ridge * jnp.trace(cov_DD) / D + rounding +
+    jnp.finfo(jnp.float32).tiny weight_DP = jnp.linalg.solve(cov_DD + penalty * jnp.eye(D),
+    cross_DP) error_BNP = _einsum("bnd,dp->bnp", test_BND, weight_DP) - place_NP return 1 -
+    jnp.square(error_BNP).mean()
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -149,8 +156,8 @@ def report(
     """All monitors of one batch by name, for the log.
 
     Args:
-      tokens_BND: the target encoder's last layer on images without augmentation. `rankme` is bounded by
-        the number of images, so take more than D of them.
+      tokens_BND: the target encoder's last layer on images without augmentation. `rankme` is
+        bounded by the number of images, so take more than D of them.
       grid: (rows, columns) of patches.
       prediction: the arguments of `cross_sample_gap`, which is left out without them.
     """

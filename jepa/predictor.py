@@ -81,9 +81,7 @@ class Predictor:
         masks_BMTP = params["mask_token"] + position_NP[targets_BMT]
         if self.position_noise and key is not None:
             noise = self.position_noise * jax.random.normal(key, (B, M, T, self.config.width))
-            masks_BMTP += self.policy.contract(
-                "ND,DP->NP", noise.reshape(-1, self.config.width), params["embed"]["kernel"]
-            ).reshape(B, M, T, P)
+            masks_BMTP += self.policy.dense(noise, params["embed"]["kernel"])
 
         context_BMCP = jnp.broadcast_to(context_BCP[:, None], (B, M, C, P))
         x = jnp.concatenate([context_BMCP, masks_BMTP], axis=2).reshape(B * M, C + T, P)

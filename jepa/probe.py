@@ -1,7 +1,8 @@
 """Frozen-feature probes: linear, logistic and kNN (Assran et al. 2023, appendix A.2; ijepa spec 2).
 
 Features are extracted once, without augmentation, and every probe reads the same arrays. All probes
-standardise with the statistics of the training features only, and none chooses anything on the test set.
+standardise with the statistics of the training features only, and none chooses anything on the test
+set.
 
 Legend: I images, D features, C classes, H heads, B rows of a batch, N tokens, K neighbours.
 """
@@ -44,10 +45,10 @@ class ProbeSpec:
       seed: of the held-out slice and of the order of the rows.
       optimizer: a key of `OPTIMIZERS`: "adamw", or "lars" as in the paper (for batches near 16384).
       standardize: subtract the mean and divide by the deviation of the training features.
-      rotate: express features in their principal axes. The heads are as linear as before, but AdamW's
-        per-coordinate steps then follow the curvature: on CIFAR-10's 50,000 images, 20 epochs come
-        nearer to the optimum than 100 without. Turn it off where features outnumber images: there
-        the slow axes are noise, and `logistic_probe` is the better tool anyway.
+      rotate: express features in their principal axes. The heads are as linear as before, but
+        AdamW's per-coordinate steps then follow the curvature: on CIFAR-10's 50,000 images, 20
+        epochs come nearer to the optimum than 100 without. Turn it off where features outnumber
+        images: there the slow axes are noise, and `logistic_probe` is the better tool anyway.
     """
 
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -114,8 +115,8 @@ def extract(
     """Runs the encoder over a split and averages its tokens, in float32.
 
     Args:
-      encode: (jitted) images u8[B, height, width, channels] -> last layer [B, N, D], and the last four
-        layers as a list or stacked [4, B, N, D].
+      encode: (jitted) images u8[B, height, width, channels] -> last layer [B, N, D], and the last
+        four layers as a list or stacked [4, B, N, D].
       batches: dicts that hold `image`, the `labels`, and optionally `weight`: rows of weight 0 are
         padding and are dropped. Images are as the encoder takes them, without augmentation.
       to_host: brings [B, ...] to this process. Where processes hold different rows, pass
@@ -249,9 +250,9 @@ def linear_probe(
 ) -> ProbeResult:
     """Linear softmax classifier on frozen features (spec 2).
 
-    Trains the whole grid of `spec` at once on 90 % of the training rows, picks the pair that is most
-    accurate on the other 10 % (ties go to the first), retrains that one on all of them and reports its
-    test accuracy.
+    Trains the whole grid of `spec` at once on 90 % of the training rows, picks the pair that is
+    most accurate on the other 10 % (ties go to the first), retrains that one on all of them and
+    reports its test accuracy.
 
     Args:
       train, test: features f32[I, D].
@@ -287,8 +288,8 @@ def probe_all(
 ) -> dict[str, ProbeResult]:
     """Linear probes of every label set on the last layer and on the last four concatenated.
 
-    Returns "<label>/last", "<label>/last4", and "<label>": the one of the two with the higher held-out
-    accuracy, as the paper reports the better one. Classes are 0..the largest training label.
+    Returns "<label>/last", "<label>/last4", and "<label>": the one of the two with the higher held-
+    out accuracy, as the paper reports the better one. Classes are 0..the largest training label.
     """
     results = {}
     for name, labels in train.labels.items():
@@ -330,9 +331,9 @@ def logistic_probe(
 ) -> float:
     """Test accuracy of multinomial logistic regression, the cheap deterministic metric for few labels.
 
-    Minimises (sum of cross-entropies) + l2 / 2 |W|^2 on standardised features, without intercept, in at
-    most `max_iter` L-BFGS iterations (spec 2, "1% labels, linear"; a rotation, as there, would leave
-    this objective unchanged).
+    Minimises (sum of cross-entropies) + l2 / 2 |W|^2 on standardised features, without intercept,
+    in at most `max_iter` L-BFGS iterations (spec 2, "1% labels, linear"; a rotation, as there,
+    would leave this objective unchanged).
     """
     train_ID, test_ID = map(np.asarray, standardize(train, test))
     model = LogisticRegression(C=1 / l2, fit_intercept=False, max_iter=max_iter)
@@ -368,8 +369,9 @@ def knn(
 ) -> float:
     """Test accuracy of a cosine k-nearest-neighbour vote weighted by exp(cosine / temperature).
 
-    As in Wu et al. 2018 (arXiv 1805.01978, section 3.4) and DINO. Features are scaled to unit length and
-    nothing else. A tie goes to the lower class. About 2^24 similarities are held at a time.
+    As in Wu et al. 2018 (arXiv 1805.01978, section 3.4) and DINO. Features are scaled to unit
+    length and nothing else. A tie goes to the lower class. About 2^24 similarities are held at a
+    time.
 
     Args:
       train, test: features f32[I, D].

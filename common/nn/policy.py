@@ -1,8 +1,8 @@
 """One precision-and-layout policy for every contraction of every model.
 
-Matrix units take bfloat16 operands and accumulate in float32 (TPU MXU, NVIDIA tensor cores, x86 AMX). `contract` says
-exactly that, in the forward *and* the backward pass: without the custom rule, reverse mode would multiply a float32
-cotangent with a bfloat16 operand, which runs at the float32 rate.
+Matrix units take bfloat16 operands and accumulate in float32 (TPU MXU, NVIDIA tensor cores, x86 AMX). `dense` and
+`attention` (attention.py) say exactly that, in the forward *and* the backward pass: without their own rules, reverse
+mode would multiply a float32 cotangent with a bfloat16 operand, which runs at the float32 rate.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class Policy:
         if self.compute not in ("bfloat16", "float32"):
             raise ValueError(f"policy.compute={self.compute!r}: must be 'bfloat16' or 'float32'")
         if self.unroll < 0:
-            raise ValueError(
-                f"policy.unroll={self.unroll}: must be 0 (automatic) or a positive count"
-            )
+            raise ValueError(f"policy.unroll={self.unroll}: 0 (automatic) or a positive count")
 
     def blocks_per_turn(self, depth: int) -> int:
         """Blocks laid out per loop turn for a stack of `depth` blocks."""
@@ -44,49 +43,73 @@ class Policy:
         return depth if jax.default_backend() == "cpu" else 1
 
     def constrain(self, x: jax.Array) -> jax.Array:
-        """Pins an activation's leading axis to the batch's mesh axes, so that weights move instead of activations."""
+        """Pins an activation's leading axis to the batch's mesh axes: weights move instead of activations."""
         if not self.batch_axes:
             return x
         spec = jax.P(self.batch_axes, *[jax.P.UNCONSTRAINED] * (x.ndim - 1))
-        return jax.lax.with_sharding_constraint(x, spec)
+        return lax.with_sharding_constraint(x, spec)
 
-    def contract(self, spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        """`einsum(spec, a, b)` with this policy's operands, accumulated and returned in float32.
+    def cast(self, x: jax.Array) -> jax.Array:
+        """`x` as contractions take it. Cast before moving data about: it halves what moves."""
+        return x.astype(self.compute)
 
-        `spec` names every axis ("BND,DF->BNF"); each index of an operand must appear in the other or in the result.
-        """
-        return _contract(spec, self.compute, a, b)
+    def dense(self, x: jax.Array, w_DF: jax.Array) -> jax.Array:
+        """x [..., D] times w [D, F], in float32 [..., F]."""
+        y_NF = _dense(self.compute, x.reshape(-1, x.shape[-1]), w_DF)
+        return y_NF.reshape(*x.shape[:-1], w_DF.shape[-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract(spec: str, compute: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if compute == "float32" else None
-    return jnp.einsum(
-        spec,
+def _dot(compute: str, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
+    """The product of two matrices that sums over axis over[0] of a and over[1] of b."""
+    precision = lax.Precision.HIGHEST if compute == "float32" else None
+    return lax.dot_general(
         a.astype(compute),
         b.astype(compute),
-        preferred_element_type=jnp.float32,
+        (((over[0],), (over[1],)), ((), ())),
         precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 
-def _contract_fwd(spec, compute, a, b):
-    # The residuals are kept as the operands were used: half the memory of float32.
-    a_c, b_c = a.astype(compute), b.astype(compute)
-    witness = (jnp.zeros((), a.dtype), jnp.zeros((), b.dtype))
-    return _contract(spec, compute, a_c, b_c), (a_c, b_c, witness)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dense(compute: str, x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
+    return _dot(compute, x_ND, w_DF, (1, 0))
 
 
-def _contract_bwd(spec, compute, residuals, g):
-    a, b, (like_a, like_b) = residuals
-    operands, out = spec.split("->")
-    ia, ib = operands.split(",")
-    g = g.astype(compute)
-    # A product's cotangents are products: each operand is the sum over what it does not have. Calling the rule
-    # itself keeps higher derivatives available.
-    da = _contract(f"{out},{ib}->{ia}", compute, g, b)
-    db = _contract(f"{ia},{out}->{ib}", compute, a, g)
-    return da.astype(like_a.dtype), db.astype(like_b.dtype)
+def _dense_fwd(compute, x_ND, w_DF):
+    # The operands are kept as they were used: half the memory of float32.
+    x, w = x_ND.astype(compute), w_DF.astype(compute)
+    return _dense(compute, x, w), (x, w, jnp.zeros((), x_ND.dtype), jnp.zeros((), w_DF.dtype))
 
 
-_contract.defvjp(_contract_fwd, _contract_bwd)
+def _dense_bwd(compute, residuals, g_NF):
+    x, w, like_x, like_w = residuals
+    # The barrier keeps one copy of the cotangent as the two products take it, instead of a cast fused into each.
+    g = lax.optimization_barrier(g_NF.astype(compute))
+    dx_ND = _dot(compute, g, w, (1, 1))
+    if compute == "float32":
+        dw_DF = _dot(compute, x, g, (0, 0))
+    else:
+        dw_DF = lax.platform_dependent(x, g, cpu=_weight_gradient_cpu, default=_weight_gradient)
+    return dx_ND.astype(like_x.dtype), dw_DF.astype(like_w.dtype)
+
+
+_dense.defvjp(_dense_fwd, _dense_bwd)
+
+
+def _weight_gradient(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
+    return _dot("bfloat16", x_ND, g_NF, (0, 0))
+
+
+def _weight_gradient_cpu(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
+    """x^T g where the matrix unit is an x86 core's.
+
+    XLA's CPU backend reaches that unit only when the left operand is summed over its last axis, and folds every
+    transpose it recognises back into the slow form. A product with the identity transposes exactly, unrecognised; it
+    costs least on the narrower operand.
+    """
+    if x_ND.shape[1] > g_NF.shape[1]:
+        return lax.optimization_barrier(_weight_gradient_cpu(g_NF, x_ND)).T
+    eye_DD = jnp.eye(x_ND.shape[1], dtype=x_ND.dtype)
+    x_DN = lax.optimization_barrier(_dot("bfloat16", eye_DD, x_ND, (1, 1)).astype(x_ND.dtype))
+    return _dot("bfloat16", x_DN, g_NF, (1, 0))

@@ -1,1 +1,1 @@
-
+"""Benchmarks, each one command; none is a test."""

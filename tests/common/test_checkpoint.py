@@ -26,6 +26,8 @@ from common.checkpoint import (
 )
 
 ROOT = Path(__file__).parents[2]
+# Orbax abandons its other reads when one fails; they complain when they finish, at any later time.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +83,7 @@ def test_nothing_to_restore(tmp_path):
     with Checkpointer(tmp_path / "new") as checkpointer:
         assert checkpointer.restore(abstract(make_state())) is None
         assert (checkpointer.latest(), checkpointer.steps()) == (None, [])
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .* holds steps \[\]"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .* holds steps \[\]"):
         read_meta(tmp_path / "new")
 
 
@@ -146,9 +148,9 @@ def test_the_newest_and_the_permanent_ones_stay(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"keep": 0}, {"every_steps": -1}])
-def test_spec_names_the_bad_setting(bad):
-    (name, value), *_ = bad.items()
-    with pytest.raises(ValueError, match=f"checkpoint.{name}={value}"):
+def test_a_bad_spec_is_refused_with_its_values(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ValueError, match=f"{name}={value}.*at least"):
         CheckpointSpec(**bad)
 
 
@@ -157,7 +159,7 @@ def test_an_older_step_on_request(tmp_path):
     restored, meta = restore(tmp_path, step=1)
     assert_same(restored, make_state(1))
     assert meta == {"step": 1} == read_meta(tmp_path, 1)
-    with pytest.raises(FileNotFoundError, match=r"step 5 .* holds steps \[1, 2\]"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 5 in .* holds steps \[1, 2\]"):
         restore(tmp_path, step=5)
 
 
@@ -213,7 +215,7 @@ def test_damage_is_seen_and_the_checkpoint_before_is_taken(tmp_path, caplog, dam
     assert_same(restored, make_state(1))
     assert meta == {"step": 1}
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "triptych"]
-    assert re.search(r"checkpoint 2 .* damaged \(.+\); falling back to checkpoint 1", warning)
+    assert re.match(r"checkpoint 2 is damaged \(.+\); falling back to step 1 in ", warning)
 
 
 def test_any_flipped_byte_is_harmless_or_seen(tmp_path):
@@ -238,7 +240,9 @@ def test_any_flipped_byte_is_harmless_or_seen(tmp_path):
 def test_a_damaged_step_asked_for_is_an_error(tmp_path):
     save_steps(tmp_path, 1, 2)
     flip(array_data(tmp_path / "2"))
-    with pytest.raises(DamagedError, match=r"step 2: the content of .* is not what was saved"):
+    with pytest.raises(
+        DamagedError, match=r"checkpoint 2 .*the content of .* is not what was saved"
+    ):
         restore(tmp_path, step=2)
 
 
@@ -246,7 +250,7 @@ def test_when_all_are_damaged_the_error_tells_of_each(tmp_path):
     save_steps(tmp_path, 1, 2)
     (tmp_path / "1" / "meta" / "data.json").unlink()
     truncate(tmp_path / "2" / "meta" / "data.json")
-    with pytest.raises(DamagedError, match=r"step 2: JSONDecodeError.*; step 1: FileNotFoundError"):
+    with pytest.raises(DamagedError, match=r"2 .*JSONDecodeError.*; .*1 .*FileNotFoundError"):
         restore(tmp_path)
 
 
@@ -283,7 +287,9 @@ def test_what_a_killed_save_left_is_ignored_and_removed(tmp_path):
     assert read_meta(tmp_path) == {"step": 1}
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.steps() == [1]
-        assert not left.exists()
+        checkpointer.restore(abstract(make_state()))
+        checkpointer.save(3, make_state(3), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
 # --- another model, another run -------------------------------------------------------------------
@@ -314,7 +320,7 @@ def test_a_format_from_the_future_is_an_error_not_damage(tmp_path, monkeypatch):
     monkeypatch.setattr("common.checkpoint.FORMAT_VERSION", 2)
     save_steps(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 2, newer than 1"):
+    with pytest.raises(ValueError, match="format 2; this code reads 1"):
         restore(tmp_path)
 
 
@@ -349,7 +355,7 @@ def test_saving_the_current_step_again_does_nothing(tmp_path):
 
 def test_another_runs_step_is_not_overwritten(tmp_path):
     save_steps(tmp_path, 4)
-    error = pytest.raises(FileExistsError, match="restore first, or use another directory")
+    error = pytest.raises(FileExistsError, match="another run's step 4: restore it")
     with Checkpointer(tmp_path) as checkpointer, error:
         checkpointer.save(4, make_state(4), {})
 
@@ -388,7 +394,9 @@ def test_meta_that_is_not_json_is_refused_at_once(tmp_path):
         assert checkpointer.latest() is None
 
 
-def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(tmp_path, monkeypatch):
+def test_a_save_that_fails_in_the_background_is_raised_and_the_next_can_succeed(
+    tmp_path, monkeypatch
+):
     from orbax.checkpoint import v1 as ocp
 
     async def full(*_):
@@ -402,8 +410,8 @@ def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(tmp_p
             checkpointer.save(3, make_state(3), {})
         monkeypatch.undo()
         assert checkpointer.steps() == [1]
-        checkpointer.save(2, make_state(2), {})
-    assert_same(restore(tmp_path)[0], make_state(2))
+        checkpointer.save(3, make_state(3), {})
+    assert_same(restore(tmp_path)[0], make_state(3))
 
 
 # --- meshes ---------------------------------------------------------------------------------------
@@ -448,6 +456,7 @@ with Checkpointer(sys.argv[1]) as checkpointer:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 def test_any_mesh_restores_any_checkpoint(tmp_path, axis_type):
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -16,11 +16,13 @@ from PIL import Image
 from common.datasets.scenes import builder
 from common.datasets.scenes.render import (
     SIZE,
+    SOLIDS,
     Backdrop,
     Camera,
     Light,
     Object,
     Scene,
+    _interval,
     _rays,
     render,
     trace,
@@ -81,6 +83,15 @@ def test_rays_stop_at_the_surface_that_marching_finds(shape):
     assert not inside(obj, before, -5e-3).any()  # nothing nearer was passed
     missed = origin + rays[~hit] * 14 * along
     assert not inside(obj, missed, -5e-3).any()
+
+
+@pytest.mark.parametrize(("height", "met"), [(0.0, True), (1.5, False)])
+def test_a_ray_parallel_to_faces_meets_the_cube_or_passes_it(height, met):
+    along_x = np.array([[1.0], [0.0], [0.0]], np.float32)
+    enter, leave = _interval(SOLIDS["cube"], (-3.0, 0.0, height), along_x)
+    assert (enter < leave) == met
+    if met:
+        assert (enter.item(), leave.item()) == pytest.approx((2.0, 4.0))
 
 
 @pytest.mark.parametrize("far", [0, 1])

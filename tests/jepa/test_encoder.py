@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from common.nn.layers import LayerNorm
+from common.nn.module import define
 from jepa.config import vit
 from jepa.encoder import Encoder
 from jepa.predictor import Predictor
@@ -93,6 +95,14 @@ def test_layers_are_the_outputs_of_shallower_encoders():
         assert relative_error(output, want) < 1e-5
     with pytest.raises(ValueError, match="last 4 of 3 layers"):
         ENCODER.layers(PARAMS, IMAGES, last=4)
+
+
+def test_norms_have_the_released_epsilon():
+    """1e-6. Tokens are never small enough to show it: positions alone have variance 1/2."""
+    norm = define(lambda rngs: LayerNorm(8, rngs=rngs))
+    params = random_params(norm, 1)
+    x = 1e-3 * np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    assert relative_error(norm(params, x), reference.layer_norm(params, x.astype(float))) < 1e-5
 
 
 def test_an_image_of_another_size_is_refused():

@@ -65,7 +65,7 @@ def test_rankme_of_spread_singular_values_is_the_exponential_of_their_entropy():
 
 
 def test_rankme_of_isotropic_noise_is_nearly_d_and_of_constant_or_zero_features_one():
-    assert float(monitors.rankme(normal(0, 5000, 64))) == pytest.approx(64, rel=0.01)
+    assert float(monitors.rankme(normal(0, 5000, 32))) == pytest.approx(32, rel=0.01)
     wide = np.tile(normal(1, 1, 256), (500, 1))  # where float32 noise would show
     assert float(monitors.rankme(wide)) == pytest.approx(1, abs=0.02)
     assert float(monitors.rankme(np.zeros((10, 4)))) == 1
@@ -171,7 +171,10 @@ def test_r2_ignores_scale_rotation_and_a_common_shift(seed, scale):
 
 
 def test_r2_of_collapsed_tokens_is_zero_and_a_wrong_grid_is_named():
-    assert float(monitors.token_position_r2(np.ones((4, 6, 5)), (2, 3))) == pytest.approx(0)
+    for constant in (0, 1, 0.1, 1e4):
+        collapsed = np.full((4, 6, 5), constant)
+        r2 = float(monitors.token_position_r2(collapsed, (2, 3)))
+        assert r2 == pytest.approx(0, abs=1e-3)
     with pytest.raises(ValueError, match="do not fit a 2 x 2 grid"):
         monitors.token_position_r2(normal(0, 4, 6, 5), (2, 2))
 

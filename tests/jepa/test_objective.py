@@ -13,7 +13,7 @@ from common.metrics import compute
 from jepa.config import vit
 from jepa.encoder import Encoder
 from jepa.masks import MaskSpec
-from jepa.objective import ObjectiveSpec, ijepa_loss, vicreg_terms
+from jepa.objective import ObjectiveSpec, feature_norm, ijepa_loss, vicreg_terms
 from jepa.predictor import Predictor
 from jepa.recipe import EmaSpec, IJepa
 from tests.jepa import reference
@@ -66,6 +66,13 @@ def test_both_sides_of_smooth_l1_are_reached():
     )
     share = np.mean(np.abs(np.concatenate([part.ravel() for part in parts])) < 1)
     assert 0.1 < share < 0.9
+
+
+def test_the_second_norm_has_torchs_epsilon():
+    """1e-5; the targets' own norm hides it from the loss."""
+    x = 1e-3 * np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
+    want = reference.standardise(x.astype(np.float64), 1e-5)
+    assert relative_error(feature_norm(x), want) < 1e-5
 
 
 def test_squared_error_and_masks_of_one_length():

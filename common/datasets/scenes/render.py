@@ -150,7 +150,7 @@ def _interval(solid: Solid, o: Axes, d: Axes) -> tuple[Floats, Floats]:
     """Returns where rays `o + t d` enter and leave the unit shape; they hit where enter < leave."""
     enter, leave = np.float32(-np.inf), np.float32(np.inf)
     for i in solid.flat:
-        slope = 1 / d[i]
+        slope = 1 / (d[i] + np.float32(1e-20))  # so that no ray is quite parallel to a face
         middle, half = -o[i] * slope, np.abs(slope)
         enter = np.maximum(enter, middle - half)
         leave = np.minimum(leave, middle + half)
