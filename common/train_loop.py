@@ -18,7 +18,7 @@ from common.distributed import PreemptionGuard
 from common.metrics import compute
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
-from common.sharding import batch_sharding, replicated
+from common.sharding import BATCH_AXES, batch_sharding, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
 from common.train_step import diagnose, make_train_step
 from common.writers import Writer
@@ -50,11 +50,23 @@ class TrainSpec:
     def __post_init__(self):
         if min(self.steps, self.batch, self.accumulate) < 1:
             raise ValueError("train.steps, train.batch and train.accumulate must be at least 1")
-        if min(self.log_every, self.eval_every, self.save_every, self.profile_steps) < 0:
-            raise ValueError("train.*_every and profile_steps must not be negative")
+        hooks = ("log_every", "eval_every", "save_every", "profile_start", "profile_steps")
+        if negative := [f"train.{n}={getattr(self, n)}" for n in hooks if getattr(self, n) < 0]:
+            raise ValueError(f"{', '.join(negative)} must not be negative")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} microbatches"
+            )
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raises ValueError unless every microbatch spreads evenly over the mesh."""
+        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        if (self.batch // self.accumulate) % shards:
+            parts = f" in {self.accumulate} microbatches" if self.accumulate > 1 else ""
+            axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
+            raise ValueError(
+                f"train.batch={self.batch}{parts} does not divide over the mesh's {axes}: use a multiple of "
+                f"{shards * self.accumulate}"
             )
 
 
@@ -144,14 +156,20 @@ def train(
         values = compute(metrics)
         ledger.charge("step")
         if not all(map(math.isfinite, values.values())):
-            _stop_at_non_finite(values, recipe, state, batches, checkpointer, meta)
+            _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
         row = values | recipe.schedules(step)
         if seconds:
             row |= {"images_per_second": spec.batch / seconds}
         writer.write(step + 1, row)
 
-    def evaluate(step: int) -> None:
+    def settle(step: int) -> None:
+        """Before the state is used: the rows so far, and the certainty that it did take every step."""
         flush()
+        if int(state.step) != step:
+            _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
+
+    def evaluate(step: int) -> None:
+        settle(step)
         results = {}
         for name, fn in (evals or {}).items():
             results |= {f"{name}/{k}": float(v) for k, v in fn(state)}
@@ -160,7 +178,7 @@ def train(
         ledger.charge("eval")
 
     def save(step: int, wait: bool = False) -> None:
-        flush()
+        settle(step)
         checkpointer.save(step, state, {**meta, "seconds": dict(ledger.seconds)}, wait=wait)
         ledger.charge("save")
 
@@ -202,13 +220,11 @@ def train(
     return state, ledger.seconds
 
 
-def _stop_at_non_finite(values, recipe, state, batches, checkpointer, meta) -> None:
+def _stop_at_non_finite(recipe, state, batches, checkpointer, meta) -> None:
     step = int(state.step)  # the guarded step froze the state at the first bad step
     where = diagnose(recipe, state, next(batches(step)))
-    if checkpointer.latest() != step:
-        checkpointer.save(step, state, {**meta, "stopped": "non-finite loss"}, wait=True)
-    bad = ", ".join(f"{k}={v}" for k, v in values.items() if not math.isfinite(v))
+    checkpointer.save(step, state, {**meta, "stopped": "non-finite loss"}, wait=True)
     raise NonFiniteLoss(
-        f"step {step} is not finite ({bad}); {where}. The state before it is saved as step {step}. Lower "
+        f"step {step} is not finite, {where}. The state before it is saved as step {step}. Lower "
         "config.optim.lr, set config.optim.clip, or compute in float32 (config.policy.compute)."
     )

@@ -19,8 +19,9 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
     """step(state, batch, expected) -> (state, metrics), a pure function to jit with the state donated.
 
     `expected` is the step the caller believes it is at. Once a loss or gradient is not finite the state stops moving,
-    its step included; later calls then find `state.step != expected` and change nothing either. So whatever the host
-    has already dispatched, the last good state survives.
+    its step included; later calls then find `state.step != expected`, change nothing either, and report a NaN
+    `grad_norm`. So whatever the host has already dispatched, the last good state survives, and the host notices
+    however rarely it looks.
 
     Args:
       recipe: see common/recipe.py.
@@ -45,7 +46,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
     def step(state: TrainState, batch: dict, expected: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = gradients(state, batch, key)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = jnp.where(state.step == expected, optax.global_norm(grads), jnp.nan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         moved = state.replace(
@@ -54,7 +55,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
             opt_state=opt_state,
             extra=recipe.update_extra(state.extra, params, state.step),
         )
-        good = jnp.isfinite(grad_norm) & (state.step == expected)
+        good = jnp.isfinite(grad_norm)
         for metric in metrics.values():
             good &= jnp.isfinite(metric.sum)
         keep = jax.tree.map(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from common.checkpoint import Checkpointer, CheckpointSpec
 from common.config import ConfigError
@@ -30,6 +31,7 @@ from common.mesh import make_mesh
 from common.plots import curves
 from common.results import append_row, make_row
 from common.sharding import batch_sharding
+from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
 from common.writers import make_writer, read_rows
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
@@ -45,21 +47,24 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     try:
         source, test_source = open_sources(values)
         settings = resolve(values, len(source))
+        recipe, spec = settings.recipe, settings.train
         mesh = make_mesh(settings.mesh)
+        spec.check_mesh(mesh)
+        abstract, _ = state_shardings(recipe, mesh)
         loader = LoaderSpec(
-            settings.train.batch,
-            settings.train.seed,
+            spec.batch,
+            spec.seed,
             workers=settings.data.workers,
             process=jax.process_index(),
             num_processes=jax.process_count(),
         )
+        keep = CheckpointSpec(settings.checkpoint.keep)
+        add_masks = AddMasks(recipe.masks, spec.seed)
+        data_print = fingerprint(source, loader, settings.augmentation, add_masks)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    recipe, spec = settings.recipe, settings.train
     workdir.mkdir(parents=True, exist_ok=True)
-    add_masks = AddMasks(recipe.masks, spec.seed)
-    data_print = fingerprint(source, loader, settings.augmentation, add_masks)
-    _describe(settings, len(source), mesh)
+    _describe(settings, len(source), mesh, abstract.params)
 
     def batches(start: int) -> Iterator[dict]:
         host = train_batches(
@@ -72,6 +77,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         return prefetch_to_device(host, batch_sharding(mesh))
 
     def open_writer(restored_step: int):
+        _write_json(workdir / "config.json", settings.values)  # a config that is refused leaves none
         return make_writer(
             workdir,
             spec.steps,
@@ -90,11 +96,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         except ValueError as error:
             raise ConfigError(f"{workdir}: {error}") from error
 
-    _write_json(workdir / "config.json", settings.values)
     try:
-        with Checkpointer(
-            workdir / "checkpoints", CheckpointSpec(settings.checkpoint.keep)
-        ) as saver:
+        with Checkpointer(workdir / "checkpoints", keep) as saver:
             state, seconds = train(
                 recipe,
                 spec,
@@ -149,10 +152,9 @@ def open_sources(values: dict[str, Any]) -> tuple[Source, Source]:
     return opened[0], opened[1]
 
 
-def _describe(settings: Settings, examples: int, mesh) -> None:
+def _describe(settings: Settings, examples: int, mesh: Mesh, params: dict) -> None:
     model, masks = settings.recipe.model, settings.recipe.masks
-    abstract = jax.eval_shape(settings.recipe.init, jax.random.key(0))
-    count = {k: sum(p.size for p in jax.tree.leaves(v)) / 1e6 for k, v in abstract.items()}
+    count = {k: sum(p.size for p in jax.tree.leaves(v)) / 1e6 for k, v in params.items()}
     log.info(
         "%s: %d images, encoder %.2f M + predictor %.2f M parameters, grid %dx%d, context %d tokens, %d targets of up "
         "to %d, mesh %s, %d steps of %d",

@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from common import distributed
 from common.config import ConfigError
+from common.host import keep_freed_memory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: PATH.py or PATH.py:argument,key=value.", lock_config=True
@@ -37,12 +38,15 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number (auto
 def main(argv: list[str]) -> int:
     """Parses flags, runs the config's job, and turns known failures into one plain line and an exit code."""
     try:
-        flags.FLAGS(argv)
+        unused = flags.FLAGS(argv)[1:]
+        if _CONFIG.value is None or _WORKDIR.value is None:
+            print(__doc__)
+            return _fail("both --config and --workdir are needed")
+        config = _CONFIG.value.to_dict()
     except (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError) as error:
-        return _fail(2, error)
-    if _CONFIG.value is None or _WORKDIR.value is None:
-        print(__doc__)
-        return _fail(2, "both --config and --workdir are needed")
+        return _fail(_plain(error))
+    if unused:
+        return _fail(f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("triptych").setLevel(logging.INFO)
 
@@ -51,21 +55,36 @@ def main(argv: list[str]) -> int:
         KNOWN_ERRORS,
     )  # after the flags: a typo should not wait for jax
 
-    config = _CONFIG.value
-    job = JOBS.get(config.job)
+    job = JOBS.get(config["job"])
     if job is None:
-        return _fail(2, f"config.job={config.job!r} is unknown; known jobs: {', '.join(JOBS)}")
+        return _fail(f"config.job={config['job']!r} is unknown; known jobs: {', '.join(JOBS)}")
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        return job(config.to_dict(), Path(_WORKDIR.value))
+    except ValueError as error:
+        return _fail(error)
+    try:
+        return job(config, Path(_WORKDIR.value))
     except KNOWN_ERRORS as error:
-        return _fail(2, error)
+        return _fail(error)
 
 
-def _fail(code: int, error) -> int:
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    print(f"error: {text}", file=sys.stderr)
-    return code
+def _plain(error: BaseException) -> str:
+    """An error's own words: ml_collections and absl wrap them in reprs and tracebacks."""
+    chain: list[BaseException] = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
+    if ours := [e for e in chain if isinstance(e, ConfigError)]:
+        return str(ours[-1])
+    if wrong := [str(e.args[0]) for e in chain if isinstance(e, KeyError)]:
+        return "no such setting: " + wrong[0].replace("\n", ". ")
+    if isinstance(error, OSError):
+        return f"cannot read the config: {str(error).splitlines()[-1].strip()}; give --config=PATH.py"
+    return str(error)
+
+
+def _fail(error: object) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

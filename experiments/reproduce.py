@@ -23,6 +23,7 @@ from rich.table import Table
 from common.config import ConfigError
 from common.data import open_source
 from common.distributed import EXIT_PREEMPTED
+from common.host import keep_freed_memory
 from common.mesh import make_mesh
 from common.results import append_row, make_row, read_rows, summarize
 from experiments import jepa_pretrain
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: at least 1")
+    keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     began = time.perf_counter()

@@ -3,8 +3,7 @@
 They say that, and how, training has collapsed. None of them can choose a checkpoint: on small data,
 loss falls and rank rises while accuracy decays (spec 6.2).
 
-Legend: B images, N tokens (patches, row by row), K predicted slots, D features, R rows of tokens or
-images.
+Legend: B images, N tokens (patches, row by row), K predicted slots, D features, R rows of either.
 """
 
 import functools
@@ -42,13 +41,13 @@ def normalized_std(z_BD: jax.Array) -> jax.Array:
 
 @jax.jit
 def rankme(z_RD: jax.Array) -> jax.Array:
-    """Effective rank exp(-sum_k p_k ln p_k), with p = singular values / their sum (Garrido et al. 2023).
+    """Effective rank exp(-sum_k p_k ln p_k), p = singular values / their sum (Garrido et al. 2023).
 
     In [1, min(R, D)], and 1 for all zeros. Scale and rotation do not matter. As in the paper,
     features are not centred; the 1e-7 that it adds to p is left out, as 0 ln 0 is taken as 0.
     """
-    # Not from the eigenvalues of the Gram matrix: in float32 their roots are noise below 3e-4 of the
-    # largest, and D of those add up to a rank of their own.
+    # Not from the eigenvalues of the Gram matrix: in float32 their roots are noise below 3e-4 of
+    # the largest, and D of those add up to a rank of their own.
     sigma = jnp.linalg.svd(z_RD.astype(jnp.float32), compute_uv=False)
     p = sigma / jnp.maximum(sigma.sum(), jnp.finfo(jnp.float32).tiny)
     return jnp.exp(-jax.scipy.special.xlogy(p, p).sum())
@@ -70,11 +69,10 @@ def cross_sample_gap(
     index_BK: jax.Array,
     valid_BK: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean of cos(prediction, own target) - cos(prediction, another image's target at the same patch).
+    """Mean of cos(prediction, own target) - cos(prediction, another image's target there).
 
     In [-2, 2]. 0 says that predictions ignore the image and know the position at most, whatever the
-    loss says (ijepa spec 6.3). The second term is the exact mean over all other images of the
-    batch.
+    loss says (ijepa spec 6.3). The second term is the mean over all other images.
 
     Args:
       pred_BKD: predictions of K patches of each image.
@@ -96,13 +94,12 @@ def cross_sample_gap(
 def token_position_r2(
     tokens_BND: jax.Array, grid: tuple[int, int], ridge: float = 1e-3
 ) -> jax.Array:
-    """R^2 of a ridge regression from a token to its (row, column): how much of a token is its place.
+    """R^2 of a ridge regression from a token to its (row, column): is a token its place?
 
     Fitted on the even images, measured on the odd ones, averaged over the coordinates that vary. At
     most 1; near 0 when tokens carry no position, and below it when the fit does worse than the
     mean. Random initialisation gives about 1, as positions are added to tokens; healthy training
-    falls below 0.9; a value that stays at 1 while `rankme` falls is positional collapse (ijepa spec
-    6.3).
+    falls below 0.9; a value that stays at 1 while `rankme` falls is positional collapse (spec 6.3).
 
     Args:
       tokens_BND: of at least two images, N = rows x columns, row by row.
@@ -114,8 +111,8 @@ def token_position_r2(
     rows, cols = grid
     if rows * cols != N or N < 2 or B < 2:
         raise ValueError(
-            f"tokens of shape {tokens_BND.shape} do not fit a {rows} x {cols} grid of two patches or
-            more, " "for two images or more"
+            f"tokens of shape {tokens_BND.shape} do not fit a {rows} x {cols} grid: "
+            "pass two images or more of rows * columns patches, two or more"
         )
     place_NP = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(cols), indexing="ij"), -1)
     axes = [axis for axis, size in enumerate(grid) if size > 1]
@@ -123,14 +120,16 @@ def token_position_r2(
     place_NP = (place_NP - place_NP.mean(0)) / place_NP.std(0)  # R^2 = 1 - mean square error
 
     tokens_BND = tokens_BND.astype(jnp.float32)
-    rounding = 1e-10 * jnp.square(tokens_BND).mean()  # variance that centring may leave in a
-    constant tokens_BND = tokens_BND - tokens_BND[::2].mean((0, 1)) fit_BND, test_BND =
-    tokens_BND[::2], tokens_BND[1::2] rows_fit = fit_BND.shape[0] * N cov_DD =
-    _einsum("bnd,bne->de", fit_BND, fit_BND) / rows_fit cross_DP = _einsum("bnd,np->dp", fit_BND,
-    place_NP) / rows_fit penalty = ridge * jnp.trace(cov_DD) / D + rounding +
-    jnp.finfo(jnp.float32).tiny weight_DP = jnp.linalg.solve(cov_DD + penalty * jnp.eye(D),
-    cross_DP) error_BNP = _einsum("bnd,dp->bnp", test_BND, weight_DP) - place_NP return 1 -
-    jnp.square(error_BNP).mean()
+    rounding = 1e-10 * jnp.square(tokens_BND).mean()  # what centring may leave of a constant
+    tokens_BND = tokens_BND - tokens_BND[::2].mean((0, 1))
+    fit_BND, test_BND = tokens_BND[::2], tokens_BND[1::2]
+    rows_fit = fit_BND.shape[0] * N
+    cov_DD = _einsum("bnd,bne->de", fit_BND, fit_BND) / rows_fit
+    cross_DP = _einsum("bnd,np->dp", fit_BND, place_NP) / rows_fit
+    penalty = ridge * jnp.trace(cov_DD) / D + rounding + jnp.finfo(jnp.float32).tiny
+    weight_DP = jnp.linalg.solve(cov_DD + penalty * jnp.eye(D), cross_DP)
+    error_BNP = _einsum("bnd,dp->bnp", test_BND, weight_DP) - place_NP
+    return 1 - jnp.square(error_BNP).mean()
 
 
 @functools.partial(jax.jit, static_argnames="grid")

@@ -1,8 +1,7 @@
 """Frozen-feature probes: linear, logistic and kNN (Assran et al. 2023, appendix A.2; ijepa spec 2).
 
 Features are extracted once, without augmentation, and every probe reads the same arrays. All probes
-standardise with the statistics of the training features only, and none chooses anything on the test
-set.
+standardise with the statistics of the training features only; none chooses anything on test data.
 
 Legend: I images, D features, C classes, H heads, B rows of a batch, N tokens, K neighbours.
 """
@@ -71,7 +70,7 @@ class ProbeSpec:
 
 
 class Features(NamedTuple):
-    """Pooled features of a split: `last` f32[I, D], `last4` f32[I, 4 D], `labels` name -> i32[I]."""
+    """Pooled features of a split: last f32[I, D], last4 f32[I, 4 D], labels name -> i32[I]."""
 
     last: np.ndarray
     last4: np.ndarray
@@ -142,26 +141,21 @@ def extract(
     return Features(last, last4, {k: v.astype(np.int32) for k, v in zip(labels, columns)})
 
 
-def standardize(train_ID: ArrayLike, *others_ID: ArrayLike) -> list[jax.Array]:
-    """Centres and scales by mean and deviation of `train_ID`, in float32; dead features become 0."""
-    train_ID = jnp.asarray(train_ID, jnp.float32)
-    mean_D, std_D = train_ID.mean(0), train_ID.std(0)
-    alive_D = std_D > 1e-6 * jnp.abs(
-        mean_D
-    )  # a constant feature deviates by float32 rounding alone
+@jax.jit
+def standardize(train_ID: ArrayLike, *others_ID: ArrayLike) -> tuple[jax.Array, ...]:
+    """Centres and scales by the moments of `train_ID`, in float32; dead features become 0."""
+    all_ID = [jnp.asarray(x, jnp.float32) for x in (train_ID, *others_ID)]
+    mean_D, std_D = all_ID[0].mean(0), all_ID[0].std(0)
+    alive_D = std_D > 1e-6 * jnp.abs(mean_D)  # rounding makes constants deviate too
     scale_D = jnp.where(alive_D, 1 / jnp.where(alive_D, std_D, 1), 0)
-    return [(jnp.asarray(x, jnp.float32) - mean_D) * scale_D for x in (train_ID, *others_ID)]
+    return tuple((x_ID - mean_D) * scale_D for x_ID in all_ID)
 
 
-def _prepare(train_ID, test_ID, spec: ProbeSpec) -> tuple[jax.Array, jax.Array]:
-    if spec.standardize:
-        train_ID, test_ID = standardize(train_ID, test_ID)
-    else:
-        train_ID, test_ID = (jnp.asarray(x, jnp.float32) for x in (train_ID, test_ID))
-    if spec.rotate:
-        _, axes_DD = jnp.linalg.eigh(_dot(train_ID.T, train_ID) / len(train_ID))
-        train_ID, test_ID = _dot(train_ID, axes_DD), _dot(test_ID, axes_DD)
-    return train_ID, test_ID
+@jax.jit
+def _rotate(train_ID: ArrayLike, test_ID: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Both in the principal axes of `train_ID`."""
+    _, axes_DD = jnp.linalg.eigh(_dot(train_ID.T, train_ID) / len(train_ID))
+    return _dot(train_ID, axes_DD), _dot(test_ID, axes_DD)
 
 
 def _check(train, train_labels, test, test_labels, num_classes):
@@ -179,32 +173,31 @@ def _logits(head: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     return _dot(x, head["w"]) + head["b"]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("optimizer", "batch", "total"), donate_argnames="carry"
-)
-def _epoch(carry, x_ID, y_I, rows, grid_H, key, epoch, *, optimizer: str, batch: int, total: int):
-    """One pass of all heads over `rows`. Under vmap their products with a batch are a single matmul."""
-    steps = len(rows) // batch
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)[: steps * batch]
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("heads", "opt_state"))
+def _train(heads, opt_state, x_ID, y_I, rows_SB, fraction_S, lr_H, wd_H, *, optimizer: str):
+    """One step of all heads for each of `rows_SB`; vmap makes their products with it one matmul."""
 
     def head_step(head, opt_state, lr, wd, x_BD, y_B):
         def loss(head):
             logits_BC = _logits(head, x_BD)
             return optax.softmax_cross_entropy_with_integer_labels(logits_BC, y_B).mean()
 
-        updates, opt_state = OPTIMIZERS[optimizer](lr, wd).update(
-            jax.grad(loss)(head), opt_state, head
-        )
+        tx = OPTIMIZERS[optimizer](lr, wd)
+        updates, opt_state = tx.update(jax.grad(loss)(head), opt_state, head)
         return optax.apply_updates(head, updates), opt_state
 
-    def body(carry, step_and_rows):
-        step, rows_B = step_and_rows
-        lr_H = grid_H["lr"] * 0.5 * (1 + jnp.cos(jnp.pi * step / total))
+    def step(carry, slice_of_epoch):
+        rows_B, fraction = slice_of_epoch
         all_heads = jax.vmap(head_step, in_axes=(0, 0, 0, 0, None, None))
-        return all_heads(*carry, lr_H, grid_H["wd"], x_ID[rows_B], y_I[rows_B]), None
+        return all_heads(*carry, fraction * lr_H, wd_H, x_ID[rows_B], y_I[rows_B]), None
 
-    steps_and_rows = epoch * steps + jnp.arange(steps), order.reshape(steps, batch)
-    return jax.lax.scan(body, carry, steps_and_rows)[0]
+    return jax.lax.scan(step, (heads, opt_state), (rows_SB, fraction_S))[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _zero_heads(optimizer: str, H: int, D: int, C: int):
+    heads = {"w": jnp.zeros((H, D, C)), "b": jnp.zeros((H, C))}
+    return heads, jax.vmap(OPTIMIZERS[optimizer](0.0, 0.0).init)(heads)
 
 
 def _fit(x_ID, y_I, rows, grid, num_classes, spec: ProbeSpec, progress: Progress | None, what: str):
@@ -212,31 +205,28 @@ def _fit(x_ID, y_I, rows, grid, num_classes, spec: ProbeSpec, progress: Progress
     batch = min(spec.batch, len(rows))
     steps = len(rows) // batch
     epochs = max(spec.epochs, -(-spec.min_steps // steps))
-    H = len(grid)
-    heads = {
-        "w": jnp.zeros((H, x_ID.shape[1], num_classes)),
-        "b": jnp.zeros((H, num_classes)),
-    }
-    carry = heads, jax.vmap(OPTIMIZERS[spec.optimizer](0.0, 0.0).init)(heads)
-    lr_H, wd_H = jnp.asarray(grid, jnp.float32).T
-    fixed = dict(optimizer=spec.optimizer, batch=batch, total=epochs * steps)
-    args = x_ID, y_I, jnp.asarray(rows), {"lr": lr_H, "wd": wd_H}, jax.random.key(spec.seed)
-    for epoch in range(epochs):
-        carry = _epoch(carry, *args, epoch, **fixed)
+    rng = np.random.default_rng(spec.seed)
+    cosine = 0.5 + 0.5 * np.cos(np.pi * np.linspace(0, 1, epochs * steps, endpoint=False))
+    lr_H, wd_H = np.array(grid, np.float32).T
+    carry = _zero_heads(spec.optimizer, len(grid), x_ID.shape[1], num_classes)
+    for epoch, fraction_S in enumerate(np.split(cosine.astype(np.float32), epochs), start=1):
+        rows_SB = rng.permutation(rows)[: steps * batch].reshape(steps, batch)
+        carry = _train(*carry, x_ID, y_I, rows_SB, fraction_S, lr_H, wd_H, optimizer=spec.optimizer)
         if progress:
-            progress(what, epoch + 1, epochs)
+            jax.block_until_ready(carry)  # dispatch runs ahead
+            progress(what, epoch, epochs)
     return carry[0]
 
 
 @jax.jit
-def _accuracy(heads, x_ID, y_I) -> jax.Array:
-    """Accuracy of every head, [H]; in slices of rows, as [I, H, C] logits may not fit."""
+def _accuracy(heads, x_ID, y_I, rows) -> jax.Array:
+    """Of every head on `rows`, [H]; in slices, as the [rows, H, C] logits may not fit."""
 
     def correct(row):
-        x_D, y = row
-        return jax.vmap(lambda head: jnp.argmax(_logits(head, x_D)) == y)(heads)
+        predict = jax.vmap(lambda head: jnp.argmax(_logits(head, x_ID[row])))
+        return predict(heads) == y_I[row]
 
-    return jax.lax.map(correct, (x_ID, y_I), batch_size=4096).mean(0)
+    return jax.lax.map(correct, rows, batch_size=4096).mean(0)
 
 
 def linear_probe(
@@ -261,18 +251,21 @@ def linear_probe(
     _check(train, train_labels, test, test_labels, num_classes)
     if len(train_labels) < 2:
         raise ValueError("linear_probe needs two training rows or more, one to be held out")
-    train_ID, test_ID = _prepare(train, test, spec)
+    train_ID, test_ID = standardize(train, test) if spec.standardize else (train, test)
+    if spec.rotate:
+        train_ID, test_ID = _rotate(train_ID, test_ID)
+    train_ID, test_ID = (jnp.asarray(x, jnp.float32) for x in (train_ID, test_ID))
     y_I, test_y_I = jnp.asarray(train_labels, jnp.int32), jnp.asarray(test_labels, jnp.int32)
     order = np.random.default_rng(spec.seed).permutation(len(y_I))
     held_out, rest = np.split(order, [max(1, int(_HELD_OUT * len(order)))])
 
     grid = list(itertools.product(spec.learning_rates, spec.weight_decays))
     heads = _fit(train_ID, y_I, rest, grid, num_classes, spec, progress, "probe grid")
-    held_out_H = np.asarray(_accuracy(heads, train_ID[held_out], y_I[held_out]))
+    held_out_H = np.asarray(_accuracy(heads, train_ID, y_I, held_out))
     best = int(held_out_H.argmax())
     head = _fit(train_ID, y_I, order, grid[best : best + 1], num_classes, spec, progress, "probe")
     return ProbeResult(
-        accuracy=float(_accuracy(head, test_ID, test_y_I)[0]),
+        accuracy=float(_accuracy(head, test_ID, test_y_I, np.arange(len(test_y_I)))[0]),
         learning_rate=grid[best][0],
         weight_decay=grid[best][1],
         held_out_accuracy=float(held_out_H[best]),
@@ -288,8 +281,8 @@ def probe_all(
 ) -> dict[str, ProbeResult]:
     """Linear probes of every label set on the last layer and on the last four concatenated.
 
-    Returns "<label>/last", "<label>/last4", and "<label>": the one of the two with the higher held-
-    out accuracy, as the paper reports the better one. Classes are 0..the largest training label.
+    Returns "<label>/last", "<label>/last4", and "<label>": the one of both with the higher
+    held-out accuracy, as the paper reports the better one. Classes are 0..largest training label.
     """
     results = {}
     for name, labels in train.labels.items():
@@ -329,7 +322,7 @@ def logistic_probe(
     l2: float = 0.0025,
     max_iter: int = 100,
 ) -> float:
-    """Test accuracy of multinomial logistic regression, the cheap deterministic metric for few labels.
+    """Test accuracy of multinomial logistic regression: cheap, deterministic, for few labels.
 
     Minimises (sum of cross-entropies) + l2 / 2 |W|^2 on standardised features, without intercept,
     in at most `max_iter` L-BFGS iterations (spec 2, "1% labels, linear"; a rotation, as there,
@@ -351,7 +344,7 @@ def _knn_votes(train_ID, labels_I, test_ID, num_classes, k, temperature, chunk):
     train_ID = unit(train_ID)
 
     def predict(x_D):
-        cosine_K, rows_K = jax.lax.top_k(_dot(train_ID, x_D), k)
+        cosine_K, rows_K = jax.lax.top_k(_dot(x_D, train_ID.T), k)
         weight_K = jax.nn.softmax(cosine_K / temperature)  # scaled, so that none overflows
         return jnp.zeros(num_classes).at[labels_I[rows_K]].add(weight_K).argmax()
 
@@ -370,8 +363,7 @@ def knn(
     """Test accuracy of a cosine k-nearest-neighbour vote weighted by exp(cosine / temperature).
 
     As in Wu et al. 2018 (arXiv 1805.01978, section 3.4) and DINO. Features are scaled to unit
-    length and nothing else. A tie goes to the lower class. About 2^24 similarities are held at a
-    time.
+    length only. A tie goes to the lower class. About 2^24 similarities are held at a time.
 
     Args:
       train, test: features f32[I, D].

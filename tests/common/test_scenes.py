@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import os
 import subprocess
 import sys
 
@@ -246,6 +247,7 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.multiproc
 def test_workers_do_not_change_a_byte(prepared, tmp_path):
     builder.prepare(tmp_path, train=12, test=5, seed=2, workers=2, progress=False)
     assert contents(tmp_path) == contents(prepared)
@@ -301,3 +303,22 @@ def test_workers_start_without_tfds_or_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.multiproc
+def test_a_script_without_a_main_guard_fails_with_the_remedy(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from common.datasets.scenes import builder\n"
+        f"builder.prepare({str(tmp_path)!r}, train=9, test=1, workers=2, progress=False)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode != 0
+    assert '__name__ == "__main__"' in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.array_record*"))

@@ -1,4 +1,4 @@
-"""What a user reads off the monitors: their values where the answer is known, and what leaves them unchanged."""
+"""Monitors where the answer is known, and under changes that must not matter."""
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ def test_r2_of_tokens_without_place_is_about_zero():
 
 
 def test_r2_of_a_known_mixture_of_place_and_noise():
-    # A token shows the row, of unit variance, plus unit noise: half the row is explained, no column.
+    # A token is the row, of unit variance, plus unit noise: that explains half the row, no column.
     row = positions(4, 4)[:, 0]
     row = (row - row.mean()) / row.std()
     tokens = row[:, None] + normal(0, 3000, 16, 1)

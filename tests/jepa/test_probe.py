@@ -1,4 +1,4 @@
-"""What a user relies on in a probe: the right numbers, no look at the test set, and all heads for the price of one."""
+"""What a user relies on in a probe: right numbers, no look at test data, many heads in one pass."""
 
 import dataclasses
 import functools
@@ -144,12 +144,11 @@ def test_many_heads_at_once_equal_heads_one_by_one():
 
 def test_heads_share_one_matmul():
     """A product batched over heads would read the features once per head."""
-    heads = {"w": jnp.zeros((6, 12, 3)), "b": jnp.zeros((6, 3))}
-    state = jax.vmap(probe.OPTIMIZERS["adamw"](0.0, 0.0).init)(heads)
-    grid = {"lr": jnp.ones(6), "wd": jnp.ones(6)}
-    data = jnp.zeros((64, 12)), jnp.zeros(64, int), jnp.arange(64), grid, jax.random.key(0), 0
-    fixed = dict(optimizer="adamw", batch=16, total=4)
-    lowered = probe._epoch.lower((heads, state), *data, **fixed).as_text()
+    heads_and_state = probe._zero_heads("adamw", 6, 12, 3)
+    data = jnp.zeros((64, 12)), jnp.zeros(64, int), jnp.zeros((4, 16), int), jnp.ones(4)
+    lowered = probe._train.lower(
+        *heads_and_state, *data, jnp.ones(6), jnp.ones(6), optimizer="adamw"
+    ).as_text()
     products = [line for line in lowered.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) == 2, "one forward, one for the gradient"
     assert not any("batching_dims" in line for line in products)
@@ -172,7 +171,7 @@ def test_test_labels_and_features_do_not_reach_the_choice():
 
 
 def test_a_test_row_is_judged_alone():
-    """Standardising with test statistics, as StoP's script does, would let rows influence each other."""
+    """Standardising with test statistics, as StoP's script does, would let rows interact."""
     train, y, test, test_y = clouds()
     outliers = np.full_like(test, 1e4)
     alone = probe.linear_probe(train, y, test, test_y, 3, SPEC).accuracy
@@ -193,7 +192,7 @@ def test_the_reported_pair_is_the_best_of_the_held_out_grid():
 
 
 def test_held_out_rows_are_not_trained_on():
-    """Random labels that a wide head can memorise: accuracy on rows it has not seen stays at chance."""
+    """Random labels that a head can memorise: on rows it has not seen it stays at chance."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(200, 250)).astype(np.float32), rng.integers(0, 2, 200)
     spec = dataclasses.replace(SPEC, min_steps=200)
@@ -235,8 +234,11 @@ def test_probe_all_takes_the_better_of_both_layers_for_each_label_set():
     noise = rng.normal(size=(600, 4))
     last = (shape[:, None] + 0.1 * noise).astype(np.float32)  # knows the shape alone
     last4 = (count[:, None] + 0.1 * noise).astype(np.float32)  # and this the count
-    split = lambda s: Features(last[s], last4[s], {"shape": shape[s], "count": count[s]})  # noqa: E731
-    results = probe.probe_all(split(slice(0, 400)), split(slice(400, None)), SPEC)
+    train, test = (
+        Features(last[s], last4[s], {"shape": shape[s], "count": count[s]})
+        for s in (slice(0, 400), slice(400, None))
+    )
+    results = probe.probe_all(train, test, SPEC)
     assert set(results) == {f"{k}{v}" for k in ("shape", "count") for v in ("", "/last", "/last4")}
     assert results["shape"] is results["shape/last"] and results["shape"].accuracy > 0.99
     assert results["count"] is results["count/last4"] and results["count"].accuracy > 0.99

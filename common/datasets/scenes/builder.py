@@ -37,6 +37,7 @@ from common.datasets.scenes.sample import (
 )
 
 TEST_START = 1_000_000_000  # scenes from here on are the test world's
+REMEDY = 'Call prepare under `if __name__ == "__main__":`, or pass workers=1 to start no process.'
 SCENES_PER_WORKER = 500  # fewer do not pay for starting a process
 
 
@@ -164,9 +165,12 @@ def prepare(
 
     Raises:
       ValueError: from `scene_config`.
-      RuntimeError: if a worker process dies.
+      RuntimeError: if a worker process dies, or a script calls this as its workers import it.
     """
     config = scene_config(train, test, seed)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker that imports its parent's script, which holds the lock, would wait for ever.
+        raise RuntimeError(f"prepare was called while a worker process starts. {REMEDY}")
     with _alone(data_dir):
         builder = Scenes(data_dir=os.fspath(data_dir), config=config)
         builder.workers, builder.progress = workers, progress
@@ -174,9 +178,6 @@ def prepare(
         try:
             builder.download_and_prepare(file_format="array_record")
         except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"scenes: one of the worker processes died (workers={workers}). A script must call"
-                ' prepare under `if __name__ == "__main__":`; or pass workers=1, which starts none.'
-            ) from error
+            raise RuntimeError(f"A worker process died (workers={workers}). {REMEDY}") from error
         finally:
             tfds.enable_progress_bar()

@@ -21,4 +21,7 @@ def get_config(arg: str = ""):
     config.train.update(
         epochs=args.epochs, batch=128, seed=args.seed, log_every=20, eval_every=1000
     )
-    return smoke(config, image=32, patch=4) if args.smoke else config
+    if args.smoke:
+        smoke(config, image=32, patch=4)
+        config.data.name = "digits"
+    return config

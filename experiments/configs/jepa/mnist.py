@@ -19,4 +19,7 @@ def get_config(arg: str = ""):
     config.optim.update(final_weight_decay=0.04)
     config.ema.update(start=0.99, final=1.0)
     config.train.update(epochs=args.epochs, batch=128, seed=args.seed, log_every=20, eval_every=500)
-    return smoke(config, image=32, patch=4) if args.smoke else config
+    if args.smoke:
+        smoke(config, image=32, patch=4)
+        config.data.name = "digits"
+    return config

@@ -1,0 +1,50 @@
+"""Every config builds at full size, and its smoke version trains three steps."""
+
+import importlib
+import pkgutil
+
+import jax
+import pytest
+
+import experiments.configs.jepa as folder
+from experiments import jepa_pretrain
+from experiments.jepa_settings import resolve
+
+CONFIGS = sorted(
+    name for _, name, _ in pkgutil.iter_modules(folder.__path__) if name not in ("base", "released")
+)
+RELEASED = {  # parameters in millions, ijepa spec 1.3 and 1.4: encoder, predictor
+    "in1k_vith14": (630.43, 22.28),
+    "in1k_vith16_448": (630.66, 22.28),
+    "in22k_vith14": (630.43, 22.28),
+    "in22k_vitg16": (1011.09, 29.48),
+}
+
+
+def config(name: str, arg: str = "") -> dict:
+    module = importlib.import_module(f"experiments.configs.jepa.{name}")
+    return module.get_config(arg).to_dict()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_size_builds(name):
+    settings = resolve(config(name))
+    assert settings.name == name
+    assert settings.train.steps > settings.recipe.optim.warmup
+    if name in RELEASED:
+        abstract = jax.eval_shape(settings.recipe.init, jax.random.key(0))
+        count = {k: sum(p.size for p in jax.tree.leaves(v)) / 1e6 for k, v in abstract.items()}
+        assert (count["encoder"], count["predictor"]) == pytest.approx(RELEASED[name], abs=0.006)
+        assert (settings.train.batch, settings.recipe.masks.mode) == (2048, "paper")
+        ema = settings.recipe.ema
+        assert (ema.start, ema.final, settings.recipe.optim.lr) == (0.996, 1.0, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smoke_trains_three_steps(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
+    values = config(name, "smoke")
+    assert jepa_pretrain.run(values, tmp_path) == 0
+    for file in ("config.json", "metrics.jsonl", "curves.png", "result.json", "checkpoints/3"):
+        assert (tmp_path / file).exists(), file
