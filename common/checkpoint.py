@@ -186,7 +186,7 @@ class Checkpointer:
 
 
 def read_meta(directory: str | PathLike, step: int | None = None) -> dict:
-    """The caller's meta of `step`, or of the newest with undamaged meta. Raises as `restore_params`."""
+    """The caller's meta of `step`, or of the newest undamaged one. Raises as `restore_params`."""
     directory = _absolute(directory)
     return _newest_intact(directory, step, lambda step: _document(directory, step))["meta"]
 
@@ -306,9 +306,7 @@ def _document(directory: epath.Path, step: int) -> dict:
 
     document = _together(read)
     if (version := document["format_version"]) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {version}; this code reads {FORMAT_VERSION}: update it"
-        )
+        raise ValueError(f"{path}: format {version} is newer than {FORMAT_VERSION}; update common")
     return document
 
 

@@ -35,18 +35,17 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
             (_, metrics), grads = grad_fn(state.params, state.extra, batch, key)
             return grads, metrics
         parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
-        grads, metrics = None, None
+        grads, metrics = jax.tree.map(jnp.zeros_like, state.params), {}
         for i in range(accumulate):
             part = jax.tree.map(lambda x, i=i: x[i], parts)
             (_, m), g = grad_fn(state.params, state.extra, part, jax.random.fold_in(key, i))
-            grads = g if grads is None else jax.tree.map(jnp.add, grads, g)
-            metrics = m if metrics is None else merge(metrics, m)
+            grads, metrics = jax.tree.map(jnp.add, grads, g), merge(metrics, m)
         return jax.tree.map(lambda g: g / accumulate, grads), metrics
 
     def step(state: TrainState, batch: dict, expected: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = gradients(state, batch, key)
-        grad_norm = jnp.where(state.step == expected, optax.global_norm(grads), jnp.nan)
+        grad_norm = jnp.where(state.step == expected, optax.tree.norm(grads), jnp.nan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         moved = state.replace(

@@ -88,7 +88,7 @@ def online_monitor(settings: Settings, mesh: Mesh, source: Source, test_source: 
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     n_tokens = max(1, min(TOKEN_IMAGES, len(test_source)) // shards) * shards
     images = np.stack([
-        settings.evaluation_crop(test_source[i], np.random.default_rng(0))["image"]
+        settings.evaluation_crop(test_source[int(i)], np.random.default_rng(0))["image"]
         for i in np.arange(n_tokens) % len(test_source)
     ])  # fmt: skip
 

@@ -77,7 +77,9 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         return prefetch_to_device(host, batch_sharding(mesh))
 
     def open_writer(restored_step: int):
-        _write_json(workdir / "config.json", settings.values)  # a config that is refused leaves none
+        _write_json(
+            workdir / "config.json", settings.values
+        )  # a config that is refused leaves none
         return make_writer(
             workdir,
             spec.steps,

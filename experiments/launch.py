@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     except (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError) as error:
         return _fail(_plain(error))
     if unused:
-        return _fail(f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE")
+        return _fail(
+            f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE"
+        )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("triptych").setLevel(logging.INFO)
 
@@ -78,7 +80,9 @@ def _plain(error: BaseException) -> str:
     if wrong := [str(e.args[0]) for e in chain if isinstance(e, KeyError)]:
         return "no such setting: " + wrong[0].replace("\n", ". ")
     if isinstance(error, OSError):
-        return f"cannot read the config: {str(error).splitlines()[-1].strip()}; give --config=PATH.py"
+        return (
+            f"cannot read the config: {str(error).splitlines()[-1].strip()}; give --config=PATH.py"
+        )
     return str(error)
 
 
@@ -89,4 +93,5 @@ def _fail(error: object) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    keep_freed_memory()
     sys.exit(main(sys.argv))

@@ -10,6 +10,7 @@ it stood; what is done is not done again.
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from common.config import ConfigError
 from common.data import open_source
+from common.datasets.scenes.builder import prepare
 from common.distributed import EXIT_PREEMPTED
 from common.host import keep_freed_memory
 from common.mesh import make_mesh
@@ -72,9 +74,7 @@ def prepare_scenes(workdir: Path) -> str:
     data_dir = os.environ.get("TFDS_DATA_DIR", "")
     if not data_dir or not os.access(data_dir, os.W_OK) or not (Path(data_dir) / "scenes").exists():
         data_dir = str(workdir.parent / "data")
-    from common.datasets import scenes
-
-    scenes.prepare(data_dir)
+    prepare(data_dir)
     return data_dir
 
 
@@ -155,9 +155,8 @@ def show(workdir: Path, data_dir: str) -> None:
     log.info("drew %s", picture)
 
 
-def _percent(mean: float, spread: float | None = None) -> str:
-    has_spread = spread is not None and np.isfinite(spread) and spread > 0
-    return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if has_spread else "")
+def _percent(mean: float, spread: float = math.nan) -> str:
+    return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if math.isfinite(spread) else "")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Eight CPU devices for every test, and strictness: rank promotion raises, our own warnings are errors."""
+"""Eight CPU devices for every test, and quick compiles: XLA's expensive passes would take most of the time."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
 )

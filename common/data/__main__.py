@@ -80,7 +80,7 @@ def info(name: str, data_dir: str | None) -> None:
             if not name.startswith("folder:") or "got split" not in str(e):
                 raise
             missing = missing or e  # a folder need not have every split
-    if not sources:
+    if missing and not sources:
         raise missing
     print(f"{name}: " + ", ".join(f"{split} {len(s):,}" for split, s in sources.items()))
     source = next(iter(sources.values()))

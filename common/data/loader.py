@@ -197,10 +197,8 @@ def _read(
     seed: int,
     transform: Transform | None,
 ) -> list[Record]:
-    if hasattr(source, "__getitems__"):
-        records = source.__getitems__(indices)
-    else:
-        records = [source[i] for i in indices]
+    bulk = getattr(source, "__getitems__", None)
+    records = bulk(indices) if bulk else [source[i] for i in indices]
     if transform is None:
         return records
     return [transform(r, rng) for r, rng in zip(records, _generators(seed, rows), strict=True)]

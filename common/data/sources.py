@@ -124,12 +124,12 @@ class TfdsSource:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
-        found = {i: self._cache.get(i) for i in indices}
-        missing = [i for i, record in found.items() if record is None]
+        found = {i: self._cache[i] for i in indices if i in self._cache}
+        missing = [i for i in dict.fromkeys(indices) if i not in found]
         if missing:
             for i, raw in zip(missing, self.records.__getitems__(missing), strict=True):
                 found[i] = {"image": decode_image(raw["image"])}
-                found[i] |= {key: int(raw[key]) for key in self.labels}
+                found[i].update((key, int(raw[key])) for key in self.labels)
             if self._keep is None:
                 self._keep = len(self) * found[missing[0]]["image"].nbytes <= CACHE_BYTES
             if self._keep:

@@ -35,7 +35,10 @@ def test_builds_nested_and_converts_what_is_lossless():
     ("values", "message"),
     [
         ({"name": "a", "iner": {}}, r"config\.iner is not a setting; did you mean config\.inner\?"),
-        ({"name": "a", "inner": {"lrr": 1}}, r"config\.inner\.lrr .* did you mean config\.inner\.lr\?"),
+        (
+            {"name": "a", "inner": {"lrr": 1}},
+            r"config\.inner\.lrr .* did you mean config\.inner\.lr\?",
+        ),
         ({}, r"config\.name is missing"),
         ({"name": 3}, r"config\.name=3: expected str, got int"),
         ({"name": "a", "flag": 1}, r"config\.flag=1: expected bool"),
@@ -51,7 +54,9 @@ def test_refuses(values, message):
 
 
 def test_parse_arg_types_follow_the_defaults():
-    args = parse_arg("smoke,epochs=3,name=x,fast=false", smoke=False, epochs=1.5, name="", fast=True)
+    args = parse_arg(
+        "smoke,epochs=3,name=x,fast=false", smoke=False, epochs=1.5, name="", fast=True
+    )
     assert (args.smoke, args.epochs, args.name, args.fast) == (True, 3.0, "x", False)
     assert parse_arg("", smoke=False).smoke is False
 

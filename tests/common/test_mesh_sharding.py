@@ -67,6 +67,8 @@ def test_indivisible_parameters_are_named_with_the_remedy():
     mesh = make_mesh(MeshSpec(fsdp=4, tensor=2))
     tree = {"w": S((6, 8), jnp.float32), "v": S((8, 3), jnp.float32), "ok": S((8, 8), jnp.float32)}
     axes = {k: ("embed", "mlp") for k in tree}
-    with pytest.raises(ValueError, match=r"(?s)v \(8, 3\): 3.*tensor=2.*w \(6, 8\): 6.*fsdp=4.*replica"):
+    with pytest.raises(
+        ValueError, match=r"(?s)v \(8, 3\): 3.*tensor=2.*w \(6, 8\): 6.*fsdp=4.*replica"
+    ):
         shardings(tree, axes, mesh)
     assert shardings({"ok": tree["ok"]}, {"ok": axes["ok"]}, mesh)["ok"].spec == P("fsdp", "tensor")

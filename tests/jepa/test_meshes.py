@@ -43,9 +43,7 @@ def train(sizes: tuple[int, int, int]):
     r = recipe()
     mesh = make_mesh(MeshSpec(*sizes), jax.devices()[: int(np.prod(sizes))])
     _, sharding = state_shardings(r, mesh)
-    step = jax.jit(
-        make_train_step(r), out_shardings=(sharding, replicated(mesh)), donate_argnums=0
-    )
+    step = jax.jit(make_train_step(r), out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
     losses = []
     with jax.set_mesh(mesh):
         state = init_sharded(r, jax.random.key(0), sharding)

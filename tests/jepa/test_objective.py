@@ -122,6 +122,7 @@ def test_gradient_matches_finite_differences_of_the_reference():
         assert scale > 0 and abs(got - want) < 1e-4 * scale, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_within_its_rounding():
     """The loss averages thousands of errors of about 2^-8 each: a per cent is ample. A gradient has gone through twice
     the contractions of a token and is no average: its rounding adds up, in quadrature, to under a tenth."""

@@ -189,6 +189,8 @@ def test_the_reported_pair_is_the_best_of_the_held_out_grid():
     i = spec.learning_rates.index(result.learning_rate)
     assert result.grid[i, spec.weight_decays.index(result.weight_decay)] == result.grid.max()
     assert result.learning_rate == 1e-2
+    chosen = dataclasses.replace(spec, learning_rates=(1e-2,), weight_decays=(result.weight_decay,))
+    assert result.accuracy == probe.linear_probe(train, y, test, test_y, 3, chosen).accuracy
 
 
 def test_held_out_rows_are_not_trained_on():

@@ -23,7 +23,7 @@ SHININESS = 48  # exponent of the highlight
 SUN_RADIUS = 0.05  # radians, wider than the real sun: the width of the penumbra
 HAZE_DISTANCE = 36.0  # where things have faded by 1 - 1/e into the horizon
 
-Floats = NDArray[np.float32]
+Floats = np.ndarray  # float32
 Vec3 = tuple[float, float, float]
 Axes = Sequence[float] | Sequence[Floats] | Floats  # the x, y and z of one vector or of many
 
