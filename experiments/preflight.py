@@ -138,38 +138,48 @@ def check(config: dict[str, Any], topology: str) -> Report:
 
 
 def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:
-    """Collectives of an optimised HLO module: kind -> (count, GiB of results), loop bodies times their trip counts."""
-    local: dict[str, dict[str, list[float]]] = {}
-    calls: dict[str, list[tuple[str, int]]] = {}
+    """Collectives of an optimised HLO module: kind -> (count, GiB of results), loop bodies times their trip counts.
+
+    The TPU compiler splits an asynchronous collective over several fusions, all with its channel: a channel counts once.
+    """
+    found: dict[str, list[tuple[str, str, float]]] = {}  # computation -> [(kind, channel, bytes)]
+    calls: dict[
+        str, list[tuple[str, str]]
+    ] = {}  # computation -> [(called, condition of the loop or "")]
+    bounds: dict[str, int] = defaultdict(lambda: 1)  # computation -> largest integer constant in it
     entry, name = "", ""
     for line in hlo.splitlines():
-        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
+        if header := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             name = header[2]
             entry = name if header[1] else entry
-            local[name], calls[name] = defaultdict(lambda: [0, 0.0]), []
+            found[name], calls[name] = [], []
             continue
-        found = re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line)
-        if found:
-            count = local[name][found[2]]
-            count[0] += 1
-            count[1] += _result_bytes(found[1], start=bool(found[3]))
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+        if collective := re.search(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", line):
+            channel = re.search(r"channel_id=(\d+)", line)
+            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else collective[2]
+            size = _result_bytes(collective[1], start=bool(collective[3]))
+            found[name].append((kind, channel[1] if channel else line, size))
+        if constant := re.search(r"s32\[\][^=]* constant\((\d+)\)", line):
+            bounds[name] = max(bounds[name], int(constant[1]))
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
         for kind, called in re.findall(
             r"(body|to_apply|calls|called_computation)=%?([\w.\-]+)", line
         ):
-            calls[name].append((called, int(trips[1]) if trips and kind == "body" else 1))
-    total: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+            calls[name].append((called, condition[1] if condition and kind == "body" else ""))
+    runs: dict[tuple[str, str], tuple[int, float]] = {}  # (kind, channel) -> (times, bytes each)
 
     def visit(computation: str, times: int) -> None:
-        for kind, (count, size) in local.get(computation, {}).items():
-            total[kind][0] += count * times
-            total[kind][1] += size * times
-        for called, trips in calls.get(computation, []):
-            visit(called, times * trips)
+        for kind, channel, size in found.get(computation, []):
+            runs[kind, channel] = max(runs.get((kind, channel), (0, 0.0)), (times, size))
+        for called, condition in calls.get(computation, []):
+            visit(called, times * bounds[condition] if condition else times)
 
     visit(entry, 1)
-    return {kind: (int(count), size / 2**30) for kind, (count, size) in sorted(total.items())}
+    total: dict[str, tuple[int, float]] = {}
+    for (kind, _), (times, size) in sorted(runs.items()):
+        count, gib = total.get(kind, (0, 0.0))
+        total[kind] = (count + times, gib + times * size / 2**30)
+    return total
 
 
 def _result_bytes(shapes: str, start: bool) -> float:

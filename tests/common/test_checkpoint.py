@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from common.checkpoint import (
@@ -304,7 +305,7 @@ def layouts(axis_type, saved):
     ]
 
 
-@pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2], ids=str)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_any_mesh_restores_any_checkpoint(tmp_path, axis_type):
     state = {"w": jnp.arange(128.0).reshape(8, 16), "v": jnp.arange(8).astype(jnp.bfloat16)}
     state["key"] = jax.random.key(3)
@@ -324,7 +325,7 @@ def test_a_mesh_that_does_not_divide_an_array_is_not_taken_for_damage(tmp_path):
         checkpointer.save(0, {"w": jnp.ones((8, 16))}, {})
         mesh = jax.make_mesh((3,), ("x",), devices=jax.devices()[:3])
         thirds = {"w": jax.NamedSharding(mesh, P("x"))}
-        with pytest.raises(ValueError, match="abstract leaf w: .*partitioned 3 times"):
+        with pytest.raises(ValueError, match=r"abstract leaf w: .*partitioned 3 times"):
             checkpointer.restore(abstract({"w": jnp.ones((8, 16))}, thirds))
 
 
