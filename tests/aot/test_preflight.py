@@ -1,0 +1,88 @@
+"""Preflight: what it reads from a compiled program, and a real compile for a TPU topology where libtpu is installed."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments import preflight
+
+HLO = """
+%all-reduce-scatter.1 (a: f32[8,4]) -> f32[2,4] {
+  %all-reduce.9 = f32[8,4]{1,0} all-reduce(%a), channel_id=7, to_apply=%add
+}
+%part.1 (a: bf16[4]) -> bf16[8] {
+  %all-gather.1 = bf16[8]{0} all-gather(%a), channel_id=3, dimensions={0}
+}
+%part.2 (a: bf16[4]) -> bf16[8] {
+  %all-gather.2 = bf16[8]{0} all-gather(%a), channel_id=3, dimensions={0}
+}
+%condition.1 (p: (s32[])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(12)
+}
+%body.1 (p: (s32[])) -> (s32[]) {
+  %fusion.1 = bf16[8]{0} fusion(%p), kind=kCustom, calls=%part.1
+  %fusion.2 = bf16[8]{0} fusion(%p), kind=kCustom, calls=%part.2
+}
+ENTRY %main (p: f32[8,4]) -> f32[2,4] {
+  %while.1 = (s32[]) while(%p), condition=%condition.1, body=%body.1
+  %ar = (f32[4]{0}, f32[4]{0}) all-reduce-start(%p), channel_id=1, to_apply=%add
+  %fusion.3 = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_collectives_count_loops_in_full_and_channels_once():
+    gib = 2**30
+    assert preflight.count_collectives(HLO) == {
+        "all-gather": (12, 12 * 16 / gib),
+        "all-reduce": (1, 16 / gib),
+        "reduce-scatter": (1, 128 / gib),
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "topology", "message"),
+    [
+        ("nowhere.py", "v5e:2x4", "nowhere.py: no such file"),
+        (
+            "experiments/configs/jepa/scenes.py:smok",
+            "v5e:2x4",
+            "did you mean config argument smoke",
+        ),
+        ("experiments/configs/jepa/scenes.py:smoke", "v9:2x4", "chip 'v9' is unknown|libtpu"),
+    ],
+)
+def test_wrong_input_is_one_plain_line(config, topology, message, capsys):
+    assert preflight.main([f"--config={config}", f"--topology={topology}"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("error: ")
+
+    assert re.search(message, err)
+
+
+def test_the_committed_table_holds_the_released_recipes():
+    if not preflight.TABLE.exists():
+        pytest.skip("no committed table: `make preflight` writes it")
+    rows = json.loads(preflight.TABLE.read_text())
+    assert {row["config"] for row in rows} <= set(preflight.RELEASED)
+    for row in rows:
+        assert row["state_gib"] + row["temp_gib"] <= row["hbm_gib"]
+        assert (row["batch"], row["chips"]) == (2048, 256)
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
+def test_compiles_for_a_pod_without_one():
+    config = "experiments/configs/jepa/in1k_vith14.py:smoke"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.preflight", f"--config={config}", "--topology=v5e:2x4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 chips" in done.stdout and "FITS" in done.stdout and "all-gather" in done.stdout
