@@ -332,7 +332,8 @@ def _check_structure(saved: dict[str, list], wanted: dict[str, Any], where: epat
 
 def _manifest(arrays: dict[str, jax.Array]) -> dict[str, list]:
     """[dtype, shape, fingerprint] of each."""
-    fingerprints = jax.device_get([_fingerprint(leaf) for leaf in arrays.values()])
+    # One at a time: dozens of programs with collectives in flight deadlock XLA's small CPU thread pool.
+    fingerprints = [jax.device_get(_fingerprint(leaf)) for leaf in arrays.values()]
     return {
         name: [str(leaf.dtype), list(leaf.shape), int(fingerprint)]
         for (name, leaf), fingerprint in zip(arrays.items(), fingerprints)

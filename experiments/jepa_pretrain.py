@@ -5,6 +5,7 @@ row with everything needed to run it again).
 """
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import time
@@ -44,9 +45,14 @@ log = logging.getLogger("triptych")
 def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     began = time.perf_counter()
+    if "://" in str(workdir) or str(workdir).startswith("gs:/"):
+        raise ConfigError(
+            f"--workdir={workdir}: rows and curves need a file system; mount the bucket, or use a shared folder"
+        )
     try:
         source, test_source = open_sources(values)
         settings = resolve(values, len(source))
+        _check_writers(settings)
         recipe, spec = settings.recipe, settings.train
         mesh = make_mesh(settings.mesh)
         spec.check_mesh(mesh)
@@ -152,6 +158,12 @@ def open_sources(values: dict[str, Any]) -> tuple[Source, Source]:
         for split in ("split", "test_split")
     ]
     return opened[0], opened[1]
+
+
+def _check_writers(settings: Settings) -> None:
+    for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(settings.writers, name) and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"config.writers.{name}=True needs {module}: pip install '.[{name}]'")
 
 
 def _describe(settings: Settings, examples: int, mesh: Mesh, params: dict) -> None:

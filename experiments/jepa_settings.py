@@ -46,6 +46,7 @@ class ModelSettings:
     predictor_depth: int
     predictor_heads: int
     depth_rescale: bool
+    position_scale: float
 
     def config(self) -> ViTConfig:
         """The named size with every non-zero field replaced."""

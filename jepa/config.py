@@ -13,6 +13,8 @@ class ViTConfig:
       predictor_width, predictor_depth, predictor_heads: the predictor (0 heads: the encoder's count, as released).
       depth_rescale: divide output projections of block l by sqrt(2 l) at init. The released models were trained
         without it, as a later re-draw undoes it (spec 1.5).
+      position_scale: factor on the encoder's position table; 1 as released. At init the table outweighs the patches,
+        targets are mostly position, and short runs spend themselves on that: below 1, content leads from the start.
     """
 
     image: tuple[int, int]
@@ -26,8 +28,11 @@ class ViTConfig:
     predictor_heads: int = 0
     channels: int = 3
     depth_rescale: bool = False
+    position_scale: float = 1.0
 
     def __post_init__(self):
+        if min(self.patch, self.width, self.heads, self.hidden, *self.image) < 1:
+            raise ValueError(f"model sizes must be at least 1, got {self}")
         for side in self.image:
             if side % self.patch:
                 raise ValueError(

@@ -49,9 +49,8 @@ class Encoder:
                 f"the encoder is built for images {(*self.config.image, self.config.channels)}, got "
                 f"{x_BHWC.shape[1:]}; resize them, or set model.image"
             )
-        return self._parts["patch"](params["patch"], x_BHWC) + sincos_2d(
-            *self.config.grid, self.config.width
-        )
+        position_ND = self.config.position_scale * sincos_2d(*self.config.grid, self.config.width)
+        return self._parts["patch"](params["patch"], x_BHWC) + position_ND
 
     def __call__(
         self,

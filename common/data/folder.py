@@ -42,8 +42,12 @@ class FolderSource:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        with Image.open(os.path.join(self.root, self.paths[i])) as image:
-            record = {"image": np.asarray(image.convert("RGB"))}
+        path = os.path.join(self.root, self.paths[i])
+        try:
+            with Image.open(path) as image:
+                record = {"image": np.asarray(image.convert("RGB"))}
+        except OSError as error:  # a good header, and then less than it promised
+            raise OSError(f"{path} cannot be decoded ({error}): repair or remove it") from error
         return record if self.labels is None else {**record, "label": self.labels[i]}
 
 

@@ -34,6 +34,7 @@ def base() -> ConfigDict:
                 "predictor_depth": 0,
                 "predictor_heads": 0,
                 "depth_rescale": False,
+                "position_scale": 1.0,
             },
             "masks": {
                 "mode": "fixed",

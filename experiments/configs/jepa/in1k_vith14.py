@@ -1,6 +1,6 @@
 """I-JEPA's released recipe in1k_vith14: ViT-H/14, 224 px, 300 epochs of ImageNet-1k.
 
-  python -m experiments.launch --config=experiments/configs/jepa/in1k_vith14.py --workdir=gs://BUCKET/in1k_vith14
+  python -m experiments.launch --config=experiments/configs/jepa/in1k_vith14.py --workdir=runs/in1k_vith14
   python -m experiments.preflight --config=experiments/configs/jepa/in1k_vith14.py --topology=v5e:16x16
 
 Arguments: smoke; seed=N; batch=N. The paper: 79.3 % linear probe (Table 1).

@@ -1,6 +1,6 @@
 """I-JEPA's released recipe in1k_vith16_448: ViT-H/16, 448 px, 300 epochs of ImageNet-1k.
 
-  python -m experiments.launch --config=experiments/configs/jepa/in1k_vith16_448.py --workdir=gs://BUCKET/in1k_vith16_448
+  python -m experiments.launch --config=experiments/configs/jepa/in1k_vith16_448.py --workdir=runs/in1k_vith16_448
   python -m experiments.preflight --config=experiments/configs/jepa/in1k_vith16_448.py --topology=v5e:16x16
 
 Arguments: smoke; seed=N; batch=N. The paper: 81.1 % linear probe (Table 1).

@@ -1,6 +1,6 @@
 """I-JEPA's released recipe in22k_vith14: ViT-H/14, 224 px, 66 epochs of ImageNet-22k (900 of ImageNet-1k).
 
-  python -m experiments.launch --config=experiments/configs/jepa/in22k_vith14.py --workdir=gs://BUCKET/in22k_vith14
+  python -m experiments.launch --config=experiments/configs/jepa/in22k_vith14.py --workdir=runs/in22k_vith14
   python -m experiments.preflight --config=experiments/configs/jepa/in22k_vith14.py --topology=v5e:16x16
 
 Arguments: smoke; seed=N; batch=N. Data: `folder:/path`, one folder a class (--config.data.name).
