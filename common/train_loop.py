@@ -143,6 +143,8 @@ def train(
     )
     pending: tuple[int, dict, float] | None = None  # the last dispatched step, not yet read
     in_flight: list = []
+    # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other for ever.
+    most_in_flight = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 2
     data = batches(start) if start < spec.steps else iter(())
     ledger.charge("start")
 
@@ -202,7 +204,7 @@ def train(
                 state, metrics = step_fn(state, batch, jnp.int32(step))
             flush()
             in_flight.append(metrics["loss"].sum)
-            if len(in_flight) > 2:
+            if len(in_flight) > most_in_flight:
                 jax.block_until_ready(in_flight.pop(0))
             ledger.charge("compile" if step == start else "step")
             if (spec.log_every and step % spec.log_every == 0) or step + 1 == spec.steps:
