@@ -23,12 +23,15 @@ class ObjectiveSpec:
 
     Attributes:
       distance: "smooth_l1" (beta 1; the released code) or "l2" (the paper's text).
+      center: subtract from every target its position's mean over the batch, before the norm. Not in the paper (False):
+        what position alone predicts is then no part of the loss, which short runs otherwise spend themselves on.
       position_noise: StoP's sigma on mask positions; 0.25 in its paper, 0 for I-JEPA.
       variance, covariance, invariance: C-JEPA's terms on pooled context and target embeddings (Mo & Tong, NeurIPS
         2024; spec 6.1), each times `vicreg`. 0 for I-JEPA.
     """
 
     distance: str = "smooth_l1"
+    center: bool = False
     position_noise: float = 0.0
     vicreg: float = 0.0
     variance: float = 25.0
@@ -67,9 +70,10 @@ def ijepa_loss(
     # 1. Targets: the EMA encoder sees the whole image; a second, affine-free norm; then the blocks are gathered.
     h_BND = jax.lax.stop_gradient(encoder(target_params, images))
     B, M, T = batch["targets"].shape
-    target_BMTD = gather_tokens(feature_norm(h_BND), batch["targets"].reshape(B, M * T)).reshape(
-        B, M, T, -1
-    )
+    centred_BND = h_BND - h_BND.mean(0) if spec.center else h_BND
+    target_BMTD = gather_tokens(
+        feature_norm(centred_BND), batch["targets"].reshape(B, M * T)
+    ).reshape(B, M, T, -1)
 
     # 2. Context: the online encoder sees only the context tokens.
     z_BCD = encoder(params["encoder"], images, batch["context"], context_valid)

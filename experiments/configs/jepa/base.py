@@ -48,6 +48,7 @@ def base() -> ConfigDict:
             },
             "objective": {
                 "distance": "smooth_l1",
+                "center": False,
                 "position_noise": 0.0,
                 "vicreg": 0.0,
                 "variance": 25.0,
