@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         return _fail(
             f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE"
         )
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("triptych").setLevel(logging.INFO)
 
     from experiments.jobs import (

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: at least 1")
     keep_freed_memory()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
     began = time.perf_counter()
     data_dir = prepare_scenes(args.workdir)
