@@ -16,7 +16,9 @@ def get_config(arg: str = ""):
     config.data.update(name="scenes", examples=20_000, crop_scale=(0.6, 1.0))
     # Small enough for minutes on two cores; position_scale and vicreg are what so short a run needs.
     config.model.update(size="tiny", image=64, patch=8, width=128, depth=4, heads=4, hidden=512)
-    config.model.update(predictor_width=64, predictor_depth=2, predictor_heads=4, position_scale=0.2)
+    config.model.update(
+        predictor_width=64, predictor_depth=2, predictor_heads=4, position_scale=0.2
+    )
     config.objective.update(vicreg=0.001)
     config.optim.update(lr=1.5e-3, start_lr=1e-4, final_lr=1e-5, warmup_epochs=args.epochs * 0.1)
     config.optim.update(final_weight_decay=0.04)
