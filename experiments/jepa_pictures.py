@@ -121,7 +121,7 @@ def _knn_curves(ax: Axes, workdir: Path) -> None:
             labels.setdefault(key.removeprefix("eval/knn_"), []).append((steps, 100 * values))
     for (name, curves), color in zip(sorted(labels.items()), ("#1f6f8b", "#e4572e", "#8f5fd7")):
         for steps, values in curves:
-            ax.plot(steps, values, color=color, lw=1.6)
+            ax.plot(steps, values, color=color, lw=1.6, marker="o", ms=3)
         ax.annotate(
             name, (curves[0][0][-1], curves[0][1][-1]), xytext=(4, 0), textcoords="offset points",
             color=color, fontsize=9, va="center",

@@ -240,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.all:
+        TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")
         print(f"wrote {TABLE}")
     return 0 if all(r.fits for r in reports) else 1
