@@ -49,13 +49,11 @@ def main(argv: list[str]) -> int:
         return _fail(
             f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE"
         )
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("triptych").setLevel(logging.INFO)
 
-    from experiments.jobs import (
-        JOBS,
-        KNOWN_ERRORS,
-    )  # after the flags: a typo should not wait for jax
+    # After the flags: a typo should not wait for every library a job needs.
+    from experiments.jobs import JOBS, KNOWN_ERRORS
 
     job = JOBS.get(config["job"])
     if job is None:
