@@ -38,10 +38,9 @@ def logical_axes(abstract: Any, table: Mapping[str, Axes]) -> Any:
 
     def lookup(path, leaf):
         name = path_name(path)
-        found = [axes for end, axes in table.items() if f"/{name}".endswith(f"/{end}")]
         # The longest matching end wins: "attention/out/kernel" over "kernel".
         best = max((end for end in table if f"/{name}".endswith(f"/{end}")), key=len, default=None)
-        if not found or best is None:
+        if best is None:
             problems.append(f"{name}: no entry in the table of logical axes")
             return ()
         extra = len(leaf.shape) - len(table[best])
@@ -101,6 +100,11 @@ def shardings(abstract: Any, axes: Any, mesh: Mesh, rules: Rules = PARAM_RULES) 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of scalars and small tables: a copy everywhere."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """How many parts a batch's leading axis is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -18,7 +18,7 @@ from common.distributed import PreemptionGuard
 from common.metrics import compute
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
-from common.sharding import BATCH_AXES, batch_sharding, replicated
+from common.sharding import BATCH_AXES, batch_sharding, batch_ways, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
 from common.train_step import diagnose, make_train_step
 from common.writers import Writer
@@ -60,7 +60,7 @@ class TrainSpec:
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ValueError unless every microbatch spreads evenly over the mesh."""
-        shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        shards = batch_ways(mesh)
         if (self.batch // self.accumulate) % shards:
             parts = f" in {self.accumulate} microbatches" if self.accumulate > 1 else ""
             axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)

@@ -1,7 +1,6 @@
 """Evaluations of a frozen I-JEPA encoder: what the pretraining job runs online, and the probes at the end."""
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.progress import Progress
 from common.augment import normalize
 from common.data import Source, eval_batches, prefetch_to_device
 from common.recipe import EvalFn
-from common.sharding import BATCH_AXES, batch_sharding
+from common.sharding import batch_sharding, batch_ways
 from experiments.jepa_settings import Settings
 from jepa import monitors
 from jepa.encoder import Encoder
@@ -57,7 +56,7 @@ def features(
     without it there is none.
     """
     total = min(n, len(source)) if n else len(source)
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_ways(mesh)
     batch = shards * max(8, -(-256 // shards))
     host = eval_batches(
         _First(source, total),
@@ -85,7 +84,7 @@ def features(
 def online_monitor(settings: Settings, mesh: Mesh, source: Source, test_source: Source) -> EvalFn:
     """An EvalFn: kNN accuracy per label set and collapse monitors of the target encoder, on fixed subsets."""
     encoder, probe = settings.recipe.encoder, settings.probe
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shards = batch_ways(mesh)
     n_tokens = max(1, min(TOKEN_IMAGES, len(test_source)) // shards) * shards
     images = np.stack([
         settings.evaluation_crop(test_source[int(i)], np.random.default_rng(0))["image"]

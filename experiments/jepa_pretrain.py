@@ -106,7 +106,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
 
     try:
         with Checkpointer(workdir / "checkpoints", keep) as saver:
-            state, seconds = train(
+            state, _ = train(
                 recipe,
                 spec,
                 mesh=mesh,
