@@ -1,0 +1,45 @@
+"""The one-liner: `metaopt.auto(optax.adamw)` where `optax.adamw(3e-4)` was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from metaopt.guards import Guards
+from metaopt.hyper import hyper
+from metaopt.learn import Learn, learn
+from metaopt.signals import Trace
+
+
+def top(nats: float = 1.0) -> optax.GradientTransformation:
+    """The recommended upper optimizer: AdaGrad from an accumulator of zero, which has no scale to set.
+
+    Behind `Guards.normalize` its n-th step is at most `nats / sqrt(n)` long, in the raw unit: with the log form a factor
+    e, whatever the task. While signals agree, `Guards.max_change` is what limits it.
+    """
+    return optax.adagrad(nats, initial_accumulator_value=0.0, eps=1e-30)
+
+
+def auto(
+    factory: Callable[..., optax.GradientTransformation],
+    *,
+    learning_rate: float | Learn = 1e-3,
+    guards: Guards = Guards(max_move=0.1),
+    by: optax.GradientTransformation | None = None,
+    trace: Trace = Trace(power=1.0),
+    **kwargs: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`factory` with a learning rate that finds itself; it works from an initial rate 1e8 times too low or 1e4 too high.
+
+    The one-step signal of the paper shrinks the rate too soon, since the noise of the last step hides what the rate does
+    over many. Here the signal looks back over a fixed part of the run so far (`Trace(power=1)`), the rate moves in its
+    logarithm by a scale-free upper optimizer (`top`), and no update is longer than a tenth of the parameters' norm, which
+    pulls a rate that is far too high down at the first step. One float32 copy of the parameters is kept.
+
+    Args:
+      factory: takes `learning_rate`; further keywords may be `learn(...)` as well.
+      learning_rate: where to start, or `learn(...)`; `learn(1.0, schedule=...)` learns a factor in front of a schedule.
+      guards, by, trace: replace our defaults. Guards(max_move=0.1, rollback=Rollback()) adds rollback, which needs `value=`.
+    """
+    rate = learning_rate if isinstance(learning_rate, Learn) else learn(learning_rate)
+    return hyper(factory, learning_rate=rate, by=by or top(), guards=guards, trace=trace, **kwargs)

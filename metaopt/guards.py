@@ -1,0 +1,188 @@
+"""What keeps a learned hyperparameter from ruining a run. Each guard can be switched off."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from metaopt.rule import Rule, Values
+
+RMS_DECAY = 0.9  # of the running mean square that signals are divided by
+FAST, SLOW = 0.5, 0.95  # decays of the two running losses that rollback compares
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Returns to a snapshot of the parameters when the loss jumps, and cuts the rate. Needs `value=`, the loss, in `update`.
+
+    Attributes:
+      cut: what the learned rate is multiplied by.
+      deviations, share: a jump is a running loss above the slow one by this many mean deviations plus this share of it.
+      every: updates between snapshots; one is taken only while the loss is not above its slow average.
+    """
+
+    cut: float = 0.1
+    deviations: float = 10.0
+    share: float = 0.2
+    every: int = 50
+
+    def __post_init__(self):
+        if not 0 < self.cut < 1:
+            raise ValueError(f"Rollback(cut={self.cut}) must lie strictly between 0 and 1")
+        if self.every < 1:
+            raise ValueError(f"Rollback(every={self.every}) must be at least 1")
+
+
+@dataclass(frozen=True)
+class Guards:
+    """The guards of one level. `Guards.none()` is the paper's: none at all.
+
+    Attributes:
+      skip_nonfinite: a step with NaN or infinite gradients changes nothing; a signal that is not finite counts as zero.
+      safe_sqrt: see metaopt/safe.py; without it one weight of zero gradient makes the signal of b2 NaN.
+      normalize: signals are divided by their running root mean square and clipped to [-1, 1], so that the upper
+        optimizer's rate is in raw units a step (0.05: at most 5 % a step in the log form), whatever the task's units.
+      max_change: largest change of a raw value in a step; 0 for none.
+      max_move: largest norm of an update relative to the parameters' norm; 0 for none. A longer update is shortened, and
+        the learned rate with it: what makes a rate that is far too high harmless. Needs a learned rate.
+      rollback: see `Rollback`; one more copy of the parameters. Needs a learned rate.
+      rate: the keyword that is the rate.
+    """
+
+    skip_nonfinite: bool = True
+    safe_sqrt: bool = True
+    normalize: bool = True
+    max_change: float = 0.2
+    max_move: float = 0.0
+    rollback: Rollback | None = None
+    rate: str = "learning_rate"
+
+    @classmethod
+    def none(cls) -> "Guards":
+        """Every guard off."""
+        return cls(skip_nonfinite=False, safe_sqrt=False, normalize=False, max_change=0.0)
+
+    def check(self, rule: Rule) -> None:
+        """Raises ValueError for settings that do not fit the rule."""
+        if self.max_change < 0 or self.max_move < 0:
+            raise ValueError(
+                f"max_change={self.max_change} and max_move={self.max_move} must not be negative"
+            )
+        if (self.max_move or self.rollback) and self.rate not in rule.learned:
+            what = "max_move" if self.max_move else "rollback"
+            raise ValueError(
+                f"{what} changes the rate {self.rate!r}, which is not learned (learned: {', '.join(rule.learned)}): "
+                f"learn it, name it in Guards(rate=...), or switch {what} off"
+            )
+
+
+class RollbackState(NamedTuple):
+    """The snapshot, and running averages of the loss: fast and slow, mean deviation, how many updates they hold."""
+
+    snapshot: Any
+    fast: jax.Array
+    slow: jax.Array
+    deviation: jax.Array
+    seen: jax.Array
+
+
+class GuardState(NamedTuple):
+    mean_square: Values  # () where signals are not normalised
+    seen: jax.Array
+    rollback: Any  # RollbackState, or ()
+
+
+def init_guards(guards: Guards, rule: Rule, raw: Values, params: Any) -> GuardState:
+    zero = jnp.zeros((), rule.dtype(params))
+    back: Any = ()
+    if guards.rollback:
+        copy = jax.tree.map(jnp.copy, params)
+        back = RollbackState(copy, zero, zero, zero, jnp.zeros((), jnp.int32))
+    squares = jax.tree.map(jnp.zeros_like, raw) if guards.normalize else {}
+    return GuardState(squares, jnp.zeros((), jnp.int32), back)
+
+
+def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Values, GuardState]:
+    """Signals in [-1, 1]."""
+    if not guards.normalize:
+        return signals, state
+    square = jax.tree.map(
+        lambda s, h: RMS_DECAY * s + (1 - RMS_DECAY) * h * h, state.mean_square, signals
+    )
+    # Until the first signal that is not zero there is nothing to average.
+    seen = jnp.where(any_nonzero(square), state.seen + 1, 0)
+    correction = 1 - RMS_DECAY ** jnp.maximum(seen, 1)
+
+    def divided(h, s):
+        s = s / correction.astype(s.dtype)
+        return jnp.clip(jnp.where(s > 0, h * jax.lax.rsqrt(jnp.where(s > 0, s, 1)), 0), -1, 1)
+
+    return jax.tree.map(divided, signals, square), state._replace(mean_square=square, seen=seen)
+
+
+def any_nonzero(tree: Any) -> jax.Array:
+    return jnp.any(jnp.array([jnp.any(x != 0) for x in jax.tree.leaves(tree)]))
+
+
+def shortening(guards: Guards, rule: Rule, updates: Any, params: Any, axis_name: Any) -> jax.Array:
+    """The factor in (0, 1] that keeps an update within `max_move` of the parameters' norm."""
+    if params is None:
+        raise ValueError(
+            "Guards(max_move=...) needs the parameters: call update(grads, state, params)"
+        )
+    dtype, size = rule.dtype(updates), sum(x.size for x in jax.tree.leaves(params))
+    square = lambda tree: sum(jnp.sum(jnp.square(x.astype(dtype))) for x in jax.tree.leaves(tree))  # noqa: E731
+    squares = jnp.stack([jnp.asarray(square(t), dtype) for t in (updates, params)])
+    if axis_name is not None:
+        squares = jax.lax.psum(squares, axis_name)
+    # Parameters that start at zero have no norm to compare with: they count as 0.001 each.
+    moved, norm = squares[0], jnp.maximum(squares[1], 1e-6 * size)
+    longest = guards.max_move * jnp.sqrt(norm)
+    return jnp.minimum(1, longest * jax.lax.rsqrt(jnp.maximum(moved, jnp.finfo(dtype).tiny)))
+
+
+def watch_loss(
+    rollback: Rollback, state: RollbackState, value: Any, params: Any
+) -> tuple[jax.Array, RollbackState]:
+    """(whether the loss jumped, new averages and snapshot); `value` is the loss at `params`."""
+    if value is None:
+        raise ValueError(
+            "rollback watches the loss: call update(grads, state, params, value=loss), or switch it off with "
+            "Guards(rollback=None)"
+        )
+    if params is None:
+        raise ValueError(
+            "rollback needs the parameters: call update(grads, state, params, value=loss)"
+        )
+    value = jnp.asarray(value, state.fast.dtype)
+    first = state.seen == 0
+    fast = jnp.where(first, value, FAST * state.fast + (1 - FAST) * value)
+    # NaN compares false: what is not known to be low is a jump.
+    limit = (
+        state.slow + rollback.deviations * state.deviation + rollback.share * jnp.abs(state.slow)
+    )
+    jumped = jnp.where(first, ~jnp.isfinite(value), ~(fast <= limit))
+    slow = jnp.where(first, value, SLOW * state.slow + (1 - SLOW) * value)
+    off = jnp.abs(value - slow)
+    deviation = jnp.where(first, off, SLOW * state.deviation + (1 - SLOW) * off)
+    take = (state.seen % rollback.every == 0) & (fast <= slow) & ~jumped
+    snapshot = jax.tree.map(lambda new, old: jnp.where(take, new, old), params, state.snapshot)
+    watched = RollbackState(snapshot, fast, slow, deviation, state.seen + 1)
+    # After a jump the averages go on from where they stood before it.
+    back = state._replace(fast=state.slow)
+    return jumped, jax.tree.map(lambda b, w: jnp.where(jumped, b, w), back, watched)
+
+
+def back_to(snapshot: Any, params: Any, like: Any) -> Any:
+    """The updates that lead from the parameters to the snapshot."""
+    return jax.tree.map(lambda s, p, u: (s - p).astype(u.dtype), snapshot, params, like)
+
+
+def finite(tree: Any) -> jax.Array:
+    """Whether all numbers of a small tree are finite."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def select(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: n if n is o else jnp.where(condition, n, o), new, old)

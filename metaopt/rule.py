@@ -1,0 +1,220 @@
+"""A base optimizer as a function of its learned hyperparameters."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metaopt.learn import Learn
+
+Values = dict[str, jax.Array]  # keyword -> its value: f[], or f[G] with one entry for each group
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`factory(**constants, **values)`, where only the values are learned.
+
+    The factory is called anew inside each traced update: what is not learned stays a Python constant, so rounding,
+    branches and integer arguments are those of plain optax.
+    """
+
+    factory: Callable[..., optax.GradientTransformation]
+    constants: Mapping[str, Any]
+    learned: Mapping[str, Learn]
+
+    # Groups: the arrays that share a value.
+
+    def groups(self, tree: Any) -> tuple[int, list[int]]:
+        """(number of groups, the group of each leaf) of the keywords that have a scope."""
+        scopes = [spec.scope for spec in self.learned.values() if not _is_global(spec.scope)]
+        n = len(jax.tree.leaves(tree))
+        if not scopes:
+            return 1, [0] * n
+        scope = scopes[0]
+        if any(other is not scope and other != scope for other in scopes[1:]):
+            raise ValueError(
+                "all keywords with a scope must share one: pass the same labels to each"
+            )
+        if isinstance(scope, str):
+            return n, list(range(n))
+        labels = jax.tree.leaves(scope(tree) if callable(scope) else scope)
+        if n and len(labels) != n:
+            raise ValueError(
+                f"scope has {len(labels)} labels for {n} arrays: give a label for each"
+            )
+        names = sorted(set(labels[:n]), key=str)
+        return len(names), [names.index(label) for label in labels[:n]]
+
+    def of_leaves(self, values: Values, tree: Any) -> list[Values]:
+        """The values that each leaf of `tree` sees."""
+        _, group = self.groups(tree)
+        return [{name: v[g] if v.ndim else v for name, v in values.items()} for g in group]
+
+    def reduce(self, per_leaf: Mapping[str, list[jax.Array]], tree: Any) -> Values:
+        """Sums numbers of leaves to the shape of the values."""
+        n, group = self.groups(tree)
+        sums = {}
+        for name, numbers in per_leaf.items():
+            if _is_global(self.learned[name].scope):
+                sums[name] = sum(numbers, jnp.zeros((), self.dtype(tree)))
+            else:
+                zeros = jnp.zeros((n,), self.dtype(tree))
+                sums[name] = (
+                    zeros.at[jnp.array(group, jnp.int32)].add(jnp.stack(numbers)) if n else zeros
+                )
+        return sums
+
+    # Values.
+
+    def dtype(self, tree: Any) -> Any:
+        """Of hyperparameters: float32, whatever the parameters are, or float64 next to float64 ones."""
+        return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+
+    def init_raw(self, params: Any) -> Values:
+        n, _ = self.groups(params)
+        return {
+            name: jnp.full(
+                () if _is_global(spec.scope) else (n,), spec.raw(spec.init), self.dtype(params)
+            )
+            for name, spec in self.learned.items()
+        }
+
+    def values(self, raw: Values, count: jax.Array) -> Values:
+        return {name: spec.value(raw[name], count) for name, spec in self.learned.items()}
+
+    def clip(self, raw: Values) -> Values:
+        """Into the bounds."""
+        return {
+            name: jnp.clip(raw[name], *spec.raw_bounds()) for name, spec in self.learned.items()
+        }
+
+    # The optimizer.
+
+    def init(self, params: Any) -> Any:
+        return self._built({name: spec.init for name, spec in self.learned.items()}).init(params)
+
+    def apply(
+        self, values: Values, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        """(updates, new state), of the types that plain optax gives them."""
+
+        def updated(values: Mapping[str, Any]) -> tuple[Any, Any]:
+            update = optax.with_extra_args_support(self._built(values)).update
+            updates, new = update(grads, state, params, **extra)
+            return _cast_like(updates, grads), _cast_like(new, state)
+
+        n, group = self.groups(grads)
+        if all(v.ndim == 0 for v in values.values()):
+            return updated(values)
+        # Every group's optimizer sees the whole tree (a global norm stays global), and each leaf keeps its own group's
+        # result; the compiler drops the rest.
+        results = [updated({k: v[g] if v.ndim else v for k, v in values.items()}) for g in range(n)]
+        treedef = jax.tree.structure(grads)
+        group_tree = jax.tree.unflatten(treedef, group)
+        group_of_state = optax.tree_utils.tree_map_params(
+            self._built({name: spec.init for name, spec in self.learned.items()}),
+            lambda _, g: g, state, group_tree, transform_non_params=lambda _: 0,
+        )  # fmt: skip
+        pick = lambda g, *options: options[g]  # noqa: E731
+        updates = jax.tree.map(pick, group_tree, *(u for u, _ in results))
+        return updates, jax.tree.map(pick, group_of_state, *(s for _, s in results))
+
+    def _built(self, values: Mapping[str, Any]) -> optax.GradientTransformation:
+        return self.factory(**self.constants, **values)
+
+
+def _is_global(scope: Any) -> bool:
+    return isinstance(scope, str) and scope == "global"
+
+
+def _cast_like(new: Any, old: Any) -> Any:
+    return jax.tree.map(
+        lambda x, like: x.astype(like.dtype) if x.dtype != like.dtype else x, new, old
+    )
+
+
+def make_rule(factory: Any, kwargs: Mapping[str, Any]) -> Rule:
+    """Splits keywords into constants and learned ones, and refuses what cannot work (see `hyper`)."""
+    if not callable(factory) or isinstance(factory, optax.GradientTransformation):
+        raise TypeError(
+            f"hyper({factory!r}): give the factory, optax.adamw, not the transformation, optax.adamw(1e-3)"
+        )
+    name = getattr(factory, "__name__", str(factory))
+    learned = {k: v.resolved(k) for k, v in kwargs.items() if isinstance(v, Learn)}
+    constants = {k: v for k, v in kwargs.items() if not isinstance(v, Learn)}
+    if not learned:
+        raise ValueError(
+            f"hyper({name}): nothing to learn; mark a keyword, as in learning_rate=learn(1e-3)"
+        )
+    parameters = inspect.signature(factory).parameters
+    try:
+        inspect.signature(factory).bind(**kwargs)
+    except TypeError as error:
+        known = ", ".join(parameters)
+        raise TypeError(f"hyper({name}): {error}; {name} takes {known}") from None
+    for keyword, spec in learned.items():
+        default = parameters[keyword].default if keyword in parameters else inspect.Parameter.empty
+        if isinstance(default, (int, str)) or (callable(default) and not inspect.isclass(default)):
+            kind = (
+                "a function" if callable(default) else f"the {type(default).__name__} {default!r}"
+            )
+            raise TypeError(
+                f"{keyword} of {name} cannot be learned: its default is {kind}, only real numbers can; pass "
+                f"{keyword}={spec.init:g}"
+            )
+    rule = Rule(factory, constants, learned)
+    _probe(rule, name)
+    return rule
+
+
+def probe_tree() -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes that stand in for parameters where none are at hand."""
+    return {
+        "a": jax.ShapeDtypeStruct((4, 4), jnp.float32),
+        "b": jax.ShapeDtypeStruct((4,), jnp.float32),
+    }
+
+
+def _probe(rule: Rule, factory: str) -> None:
+    """Traces one update on small shapes: can each keyword be a traced value, and does the update depend on it?"""
+    tree = probe_tree()
+
+    def tangent(names):
+        """The update's derivative by the named keywords, the others being constants."""
+        rest = {k: s.init for k, s in rule.learned.items() if k not in names}
+
+        def updates(values, grads, state, params):
+            tx = optax.with_extra_args_support(rule.factory(**rule.constants, **rest, **values))
+            return tx.update(grads, state, params)[0]
+
+        values = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in names}
+        state = jax.eval_shape(rule.init, tree)
+        return jax.make_jaxpr(
+            lambda v, dv, g, s, p: jax.jvp(lambda v: updates(v, g, s, p), (v,), (dv,))[1]
+        )(values, values, tree, state, tree)
+
+    try:
+        tangent(())
+    except Exception:  # a factory for one particular model: found out when it meets that
+        return
+    for keyword in rule.learned:
+        try:
+            jaxpr = tangent((keyword,)).jaxpr
+        except (jax.errors.JAXTypeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{keyword} of {factory} cannot be learned: it must be a Python constant there "
+                f"({type(error).__name__}); pass {keyword}={rule.learned[keyword].init:g}"
+            ) from None
+        reached = {jaxpr.invars[1]}
+        for eqn in jaxpr.eqns:
+            if any(not hasattr(v, "val") and v in reached for v in eqn.invars):
+                reached.update(eqn.outvars)
+        if not any(not hasattr(v, "val") and v in reached for v in jaxpr.outvars):
+            raise ValueError(
+                f"{keyword} of {factory} has no one-step hypergradient: the update does not depend on it smoothly; "
+                f"pass {keyword}={rule.learned[keyword].init:g}"
+            )
