@@ -192,6 +192,6 @@ def _shorten(memory: Any, factor: jax.Array) -> Any:
 
 def _traced(trace: Trace, old: Any, new: Any, count: jax.Array) -> Any:
     def add(z, t):
-        return (trace.keep(count) * z + t).astype(z.dtype)
+        return (trace.keep(count, z.dtype) * z + t).astype(z.dtype)
 
     return new._replace(tangents=jax.tree.map(add, old.tangents, new.tangents))

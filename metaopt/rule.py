@@ -151,11 +151,14 @@ def make_rule(factory: Any, kwargs: Mapping[str, Any]) -> Rule:
             f"hyper({name}): nothing to learn; mark a keyword, as in learning_rate=learn(1e-3)"
         )
     parameters = inspect.signature(factory).parameters
+    takes = f"it takes {', '.join(parameters)}"
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if not open_ended and (unknown := [k for k in kwargs if k not in parameters]):
+        raise TypeError(f"hyper({name}): {name} has no keyword {unknown[0]!r}; {takes}")
     try:
         inspect.signature(factory).bind(**kwargs)
     except TypeError as error:
-        known = ", ".join(parameters)
-        raise TypeError(f"hyper({name}): {error}; {name} takes {known}") from None
+        raise TypeError(f"hyper({name}): {error}; {takes}") from None
     for keyword, spec in learned.items():
         default = parameters[keyword].default if keyword in parameters else inspect.Parameter.empty
         if isinstance(default, (int, str)) or (callable(default) and not inspect.isclass(default)):

@@ -46,8 +46,9 @@ class Trace:
     def __bool__(self) -> bool:
         return self.gamma > 0 or self.power is not None
 
-    def keep(self, count: jax.Array) -> jax.Array | float:
+    def keep(self, count: jax.Array, dtype: Any) -> jax.Array | float:
         """What is left of the older terms when the term of update `count` (from 0) is added."""
+        count = count.astype(dtype)
         return self.gamma if self.power is None else (count / (count + 1)) ** self.power
 
 
