@@ -170,7 +170,10 @@ def make_rule(factory: Any, kwargs: Mapping[str, Any]) -> Rule:
                 f"{keyword}={spec.init:g}"
             )
     rule = Rule(factory, constants, learned)
-    _probe(rule, name)
+    if (
+        not open_ended
+    ):  # keywords that are the names of a model's arrays say nothing about other shapes
+        _probe(rule, name)
     return rule
 
 
