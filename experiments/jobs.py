@@ -2,9 +2,9 @@
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
-from experiments import jepa_pretrain
+from experiments import jepa_pretrain, metaopt_job
 
-JOBS = {"jepa_pretrain": jepa_pretrain.run}
+JOBS = {"jepa_pretrain": jepa_pretrain.run, "metaopt_grid": metaopt_job.run}
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError)

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 from metaopt.hyper import hyper
 from metaopt.learn import learn
 
-Tx = optax.GradientTransformation
+Tx: TypeAlias = optax.GradientTransformation
 
 
 def _level(
@@ -25,7 +25,9 @@ def _level(
     """`factory` with its keywords (value, bijector) learned by `by`, or constant where there is none."""
     if by is None:
         return factory(**constants, **{name: value for name, (value, _) in learned.items()})
-    marked = {name: learn(value, bijector=form) for name, (value, form) in learned.items()}
+    marked: dict[str, Any] = {
+        name: learn(value, bijector=form) for name, (value, form) in learned.items()
+    }
     return hyper(factory, by=by, guards=None, **constants, **marked)
 
 

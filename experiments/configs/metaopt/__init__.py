@@ -1,0 +1,1 @@
+"""Gradient Descent: The Ultimate Optimizer. `base.py` holds what the configs share."""

@@ -1,0 +1,228 @@
+"""Grids of small trainings: one method from many initial rates and seeds, as one jitted program.
+
+Every cell of the grid is a training run of its own; `vmap` runs them side by side on the same batches, so that a method's
+whole row costs about as much as its longest member. State is saved as it goes: a grid that was stopped continues.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import Progress
+
+from common.checkpoint import Checkpointer
+from common.writers import JsonlWriter
+from metaopt import learned
+
+log = logging.getLogger("triptych")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A supervised problem that fits in memory.
+
+    Attributes:
+      init: key -> params.  loss: (params, batch, key) -> scalar.  score: params -> test scores, the lower the better; the
+        first one is the task's own ("error", "perplexity").  train: arrays [N, ...].
+    """
+
+    name: str
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, dict, jax.Array], jax.Array]
+    score: Callable[[Any], dict[str, jax.Array]]
+    train: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimizer as a function of its initial rate.
+
+    Attributes:
+      make: rate -> transformation.
+      in_state: whether all that depends on the rate is in the state that `init` makes, as it is for whatever metaopt
+        learns. Otherwise the transformation is rebuilt around a traced rate.
+      evaluated: (opt_state, params) -> the parameters to test, where those are not the trained ones.
+    """
+
+    name: str
+    make: Callable[[Any], optax.GradientTransformation]
+    in_state: bool = True
+    evaluated: Callable[[Any, Any], Any] = lambda state, params: params
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """epochs, batch: of every run.  rates: initial.  seeds: of parameters and data order.  save_every: in epochs."""
+
+    epochs: int
+    batch: int
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+    save_every: int = 5
+
+    def __post_init__(self):
+        if min(self.epochs, self.batch, self.save_every) < 1:
+            raise ValueError(
+                f"epochs={self.epochs}, batch={self.batch}, save_every={self.save_every}: at least 1"
+            )
+        if not self.rates or not self.seeds or min(self.rates) <= 0:
+            raise ValueError(
+                f"rates={self.rates} must be positive, and seeds={self.seeds} not empty"
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How one run ended: test scores, mean training loss of the last epoch, learned values, and if all was finite."""
+
+    rate: float
+    seed: int
+    scores: dict[str, float]
+    train_loss: float
+    learned: dict[str, float]
+    finite: bool
+
+
+def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[Cell]:
+    """Trains every (seed, rate) and returns the cells in that order; rows per epoch go to `workdir`/metrics.jsonl."""
+    steps = len(next(iter(task.train.values()))) // spec.batch
+    if not steps:
+        raise ValueError(f"batch={spec.batch} is larger than the training set of {task.name}")
+    train = jax.tree.map(jnp.asarray, task.train)
+    rates, keys = (
+        jnp.asarray(spec.rates, jnp.float32),
+        jnp.stack([jax.random.key(s) for s in spec.seeds]),
+    )
+    shared = method.make(spec.rates[0]) if method.in_state else None
+
+    def transformation(rate) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(shared if shared is not None else method.make(rate))
+
+    def init_seed(key):
+        params = task.init(jax.random.fold_in(key, 0))
+        if method.in_state:
+            states = [method.make(rate).init(params) for rate in spec.rates]
+            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        else:
+            states = jax.vmap(lambda rate: transformation(rate).init(params))(rates)
+        return jax.tree.map(lambda p: jnp.stack([p] * len(rates)), params), states
+
+    def step_cell(rate, params, state, batch, key):
+        loss, grads = jax.value_and_grad(task.loss)(params, batch, key)
+        updates, state = transformation(rate).update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state, loss
+
+    def epoch_seed(key, params, state):
+        order = jax.random.permutation(jax.random.fold_in(key, 0), len(next(iter(train.values()))))
+
+        def step(carry, i):
+            rows = jax.lax.dynamic_slice_in_dim(order, i * spec.batch, spec.batch)
+            batch = jax.tree.map(lambda x: x[rows], train)
+            new = jax.vmap(step_cell, (0, 0, 0, None, None))(
+                rates, *carry, batch, jax.random.fold_in(key, i + 1)
+            )
+            return new[:2], new[2]
+
+        (params, state), losses = jax.lax.scan(step, (params, state), jnp.arange(steps))
+        return params, state, losses.mean(0)
+
+    @jax.jit
+    def epoch(state, number):
+        now = jax.vmap(lambda key: jax.random.fold_in(key, number + 1))(keys)
+        params, opt_state, losses = jax.vmap(epoch_seed)(now, *state)
+        scores = jax.vmap(jax.vmap(lambda s, p: task.score(method.evaluated(s, p))))(
+            opt_state, params
+        )
+        return (params, opt_state), {"train_loss": losses, **scores}, _learned(opt_state)
+
+    abstract = jax.eval_shape(jax.vmap(init_seed), keys)
+    with Checkpointer(workdir / "checkpoints") as saver, Progress(transient=True) as bar:
+        restored = saver.restore(
+            _placed({"state": abstract, "last": _abstract_last(epoch, abstract)})
+        )
+        state, last, start = jax.jit(jax.vmap(init_seed))(keys), None, 0
+        if restored is not None:
+            (state, last), start = (restored[0]["state"], restored[0]["last"]), restored[1]["epoch"]
+            log.info("%s: continuing from epoch %d", method.name, start)
+        writer = JsonlWriter(workdir / "metrics.jsonl")
+        writer.resume_from(start if restored else -1)
+        shown = bar.add_task(f"{task.name}, {method.name}", total=spec.epochs, completed=start)
+        for number in range(start, spec.epochs):
+            state, scores, values = epoch(state, number)
+            last = {"scores": scores, "learned": values}
+            writer.write(number + 1, _row(spec, last))
+            bar.update(shown, completed=number + 1)
+            done = number + 1
+            if done % spec.save_every == 0 or done == spec.epochs:
+                saver.save(done, {"state": state, "last": last}, {"epoch": done})
+        writer.close()
+    assert last is not None
+    return _cells(spec, last, state[0])
+
+
+def _learned(opt_state: Any) -> dict[str, jax.Array]:
+    try:
+        return {k: v for k, v in learned(opt_state).items() if "signal" not in k}
+    except ValueError:  # nothing is
+        return {}
+
+
+def _abstract_last(epoch: Callable, abstract: Any) -> Any:
+    _, scores, values = jax.eval_shape(epoch, abstract, 0)
+    return {"scores": scores, "learned": values}
+
+
+def _placed(tree: Any) -> Any:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
+
+
+def _row(spec: GridSpec, last: Mapping[str, Any]) -> dict[str, float]:
+    """Means over seeds by initial rate, for the log and its curves."""
+    row = {}
+    for name, value in [*last["scores"].items(), *last["learned"].items()]:
+        means = (
+            np.asarray(value, np.float64).reshape(len(spec.seeds), len(spec.rates), -1).mean((0, 2))
+        )
+        row |= {f"{name} from {rate:g}": float(m) for rate, m in zip(spec.rates, means)}
+    return row
+
+
+def _cells(spec: GridSpec, last: Mapping[str, Any], params: Any) -> list[Cell]:
+    finite = jax.tree.map(
+        lambda x: np.isfinite(np.asarray(x)).reshape(*x.shape[:2], -1).all(-1), params
+    )
+    finite: np.ndarray = np.stack(jax.tree.leaves(finite)).all(0)
+    cells = []
+    for s, seed in enumerate(spec.seeds):
+        for r, rate in enumerate(spec.rates):
+            at = lambda value, s=s, r=r: float(np.asarray(value)[s, r].mean())  # noqa: E731
+            scores = {k: at(v) for k, v in last["scores"].items()}
+            loss = scores.pop("train_loss")
+            values = {k: at(v) for k, v in last["learned"].items()}
+            cells.append(
+                Cell(rate, seed, scores, loss, values, bool(finite[s, r].item()) and np.isfinite(loss))
+            )
+    return cells
+
+
+def summary(cells: Sequence[Cell]) -> dict[str, float]:
+    """Metrics of one initial rate over its seeds: means, and the share of runs that diverged."""
+    metrics: dict[str, float] = {}
+    for name in cells[0].scores:
+        values = np.array([cell.scores[name] for cell in cells], np.float64)
+        metrics[name] = float(values.mean())
+        if len(cells) > 1:
+            metrics[f"{name}_sd"] = float(values.std(ddof=1))
+    metrics["train_loss"] = float(np.mean([cell.train_loss for cell in cells]))
+    metrics |= {
+        f"learned/{k}": float(np.mean([c.learned[k] for c in cells])) for k in cells[0].learned
+    }
+    metrics["diverged"] = float(np.mean([not cell.finite for cell in cells]))
+    return metrics

@@ -1,0 +1,123 @@
+"""Job "metaopt_grid": methods from many initial rates on one task. Skips the methods that have their rows."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.config import ConfigError, build
+from common.results import ResultRow, append_row, make_row, read_rows
+from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
+from experiments.metaopt_methods import METHODS
+from experiments.metaopt_mlp import mlp_task
+
+log = logging.getLogger("triptych")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    kind: str
+    data: str
+    data_dir: str
+    hidden: int
+    examples: int
+
+
+def _mlp(settings: TaskSettings) -> Task:
+    return mlp_task(settings.data, settings.data_dir, settings.hidden, settings.examples)
+
+
+TASKS: dict[str, Callable[[TaskSettings], Task]] = {"mlp": _mlp}
+
+
+def run(values: dict[str, Any], workdir: Path) -> int:
+    """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
+    began = time.perf_counter()
+    methods, spec, settings = resolve(values)
+    try:
+        task = TASKS[settings.kind](settings)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    for method in methods:
+        run_method(task, method, spec, workdir, values)
+    show(read_rows(workdir / "results.jsonl"), f"{values['name']}: test score by initial rate")
+    log.info("done in %.1f minutes", (time.perf_counter() - began) / 60)
+    return 0
+
+
+def resolve(values: Mapping[str, Any]) -> tuple[list[Method], GridSpec, TaskSettings]:
+    """Checks a config's dict. Raises ConfigError naming the setting, its value and the remedy."""
+    for group in ("job", "name", "task", "grid", "methods"):
+        if group not in values:
+            raise ConfigError(f"config.{group} is missing")
+    if unknown := [m for m in values["methods"] if m not in METHODS]:
+        raise ConfigError(f"config.methods has {unknown[0]!r}; known: {', '.join(METHODS)}")
+    settings = build(TaskSettings, values["task"], "config.task.")
+    if settings.kind not in TASKS:
+        raise ConfigError(
+            f"config.task.kind={settings.kind!r} is unknown; known: {', '.join(TASKS)}"
+        )
+    spec = build(GridSpec, values["grid"], "config.grid.")
+    return [METHODS[m] for m in values["methods"]], spec, settings
+
+
+def run_method(
+    task: Task,
+    method: Method,
+    spec: GridSpec,
+    workdir: Path,
+    values: Mapping[str, Any],
+    job: str = "metaopt_grid",
+) -> list[ResultRow]:
+    """Trains a method's grid and appends its rows, unless they are there."""
+    path = workdir / "results.jsonl"
+    done = [row for row in read_rows(path) if row.overrides["method"] == method.name]
+    if len(done) == len(spec.rates):
+        return done
+    began = time.perf_counter()
+    cells = run_grid(task, method, spec, workdir / method.name)
+    seconds = time.perf_counter() - began
+    for rate in spec.rates:
+        own = [cell for cell in cells if cell.rate == rate]
+        row = make_row(
+            job=job,
+            config=values["name"],
+            metrics=summary(own),
+            seeds=spec.seeds,
+            steps=spec.epochs * (len(next(iter(task.train.values()))) // spec.batch),
+            wall_seconds=seconds / len(spec.rates),
+            resolved={**values, "grid": dataclasses.asdict(spec)},
+            overrides={"method": method.name, "initial_rate": rate},
+        )
+        append_row(path, row)
+    return [row for row in read_rows(path) if row.overrides["method"] == method.name]
+
+
+def show(rows: list[ResultRow], title: str, score: str = "error") -> None:
+    """Prints a table, methods down, initial rates across; a star marks runs that diverged."""
+    rates = sorted({row.overrides["initial_rate"] for row in rows})
+    table = Table(title=title)
+    table.add_column("method")
+    for rate in rates:
+        table.add_column(f"{rate:g}", justify="right")
+    for method in dict.fromkeys(row.overrides["method"] for row in rows):
+        by_rate = {r.overrides["initial_rate"]: r for r in rows if r.overrides["method"] == method}
+        table.add_row(method, *[_cell(by_rate.get(rate), score) for rate in rates])
+    Console().print(table)
+
+
+def _cell(row: ResultRow | None, score: str) -> str:
+    if row is None:
+        return ""
+    value = row.metrics[score]
+    text = f"{100 * value:.2f} %" if score == "error" else f"{value:.3g}"
+    return text + ("*" if row.metrics["diverged"] else "")
