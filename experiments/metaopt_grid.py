@@ -198,7 +198,7 @@ def _cells(spec: GridSpec, last: Mapping[str, Any], params: Any) -> list[Cell]:
     finite = jax.tree.map(
         lambda x: np.isfinite(np.asarray(x)).reshape(*x.shape[:2], -1).all(-1), params
     )
-    finite: np.ndarray = np.stack(jax.tree.leaves(finite)).all(0)
+    finite = np.logical_and.reduce(jax.tree.leaves(finite))
     cells = []
     for s, seed in enumerate(spec.seeds):
         for r, rate in enumerate(spec.rates):
@@ -207,7 +207,7 @@ def _cells(spec: GridSpec, last: Mapping[str, Any], params: Any) -> list[Cell]:
             loss = scores.pop("train_loss")
             values = {k: at(v) for k, v in last["learned"].items()}
             cells.append(
-                Cell(rate, seed, scores, loss, values, bool(finite[s, r].item()) and np.isfinite(loss))
+                Cell(rate, seed, scores, loss, values, bool(finite[s, r]) and np.isfinite(loss))
             )
     return cells
 

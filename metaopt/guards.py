@@ -116,7 +116,9 @@ def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Valu
 
     def divided(h, s):
         s = s / correction.astype(s.dtype)
-        return jnp.clip(jnp.where(s > 0, h * jax.lax.rsqrt(jnp.where(s > 0, s, 1)), 0), -1, 1)
+        # One signal alone has nothing to be large or small against: Adam's first one for b2 is rounding noise.
+        known = (s > 0) & (seen > 1)
+        return jnp.clip(jnp.where(known, h * jax.lax.rsqrt(jnp.where(known, s, 1)), 0), -1, 1)
 
     return jax.tree.map(divided, signals, square), state._replace(mean_square=square, seen=seen)
 
@@ -139,7 +141,8 @@ def shortening(guards: Guards, rule: Rule, updates: Any, params: Any, axis_name:
     # Parameters that start at zero have no norm to compare with: they count as 0.001 each.
     moved, norm = squares[0], jnp.maximum(squares[1], 1e-6 * size)
     longest = guards.max_move * jnp.sqrt(norm)
-    return jnp.minimum(1, longest * jax.lax.rsqrt(jnp.maximum(moved, jnp.finfo(dtype).tiny)))
+    too_long = moved > longest**2
+    return jnp.where(too_long, longest * jax.lax.rsqrt(jnp.where(too_long, moved, 1)), 1)
 
 
 def watch_loss(
