@@ -5,7 +5,6 @@ file. The gguf package knows the block formats. Whatever is wrong with a file is
 """
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import gguf
 import numpy as np
 
 from sinks.config import ModelConfig, RopeScaling
+from sinks.weights import Tensor
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 _SCALARS = dict(zip(range(13), ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")))
@@ -32,14 +32,6 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor in a file: its shape is known at once, `read()` brings its values."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
