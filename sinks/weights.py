@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 
 INDEX = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _HUB_FILES = [
     "*.safetensors",
     INDEX,

@@ -5,34 +5,10 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers
 
 from sinks import tokenizer as tk
 from sinks.tokenizer import TextStream
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def byte_level_metadata(**changes):
-    """A vocabulary of the 256 bytes, four merges, and three special tokens in front."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = ["h e", "Ġ t", "Ġt he", "Ã ©"]
-    tokens = [*SPECIAL, *alphabet, *(merge.replace(" ", "") for merge in merges)]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.chat_template": CHATML,
-    }
-    return metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+from tests.sinks.checkpoints import CHATML, byte_level_metadata
 
 
 def sentencepiece_metadata():
