@@ -1,6 +1,7 @@
 """Models small enough for float64 references."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from sinks.cache import CacheSpec, init
 from sinks.config import ModelConfig
 
 
-def config(**changes) -> ModelConfig:
+def config(**changes: Any) -> ModelConfig:
     values = dict(
         family="llama", vocab_size=17, width=8, depth=2, heads=4, kv_heads=2, head_dim=4, mlp_dim=12
     )
