@@ -42,7 +42,7 @@ def stream_logits(c, p, spec: CacheSpec, rows, cuts, pad: int = 0):
     for cut in cuts:
         T = max(cut) if max(cut) == 1 else max(pad, *cut)
         tokens = [list(row[a : a + n]) + [0] * (T - n) for row, a, n in zip(rows, at, cut)]
-        logits, cache = _chunk_logits(c, p, cache, jnp.asarray(tokens), jnp.asarray(cut, jnp.int32))
+        logits, cache = chunk_logits(c, p, cache, jnp.asarray(tokens), jnp.asarray(cut, jnp.int32))
         for b, n in enumerate(cut):
             out[b].append(logits[b, :n])
             at[b] += n
@@ -50,6 +50,6 @@ def stream_logits(c, p, spec: CacheSpec, rows, cuts, pad: int = 0):
 
 
 @partial(jax.jit, static_argnums=0)
-def _chunk_logits(c, p, cache, tokens, n):
+def chunk_logits(c, p, cache, tokens, n):
     x, cache = stream.hidden(c, p, cache, tokens, n)
     return stream.unembed(c, p, x), cache
