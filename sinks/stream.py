@@ -9,7 +9,7 @@ Legend: B batch, T tokens, D width, V vocabulary, L layers.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from sinks import models
 from sinks.attention import attend, make_plan
 from sinks.cache import MAX_LENGTH, Cache, CacheSpec, update
 from sinks.config import ModelConfig
+from sinks.sampling import Sampling, sample
 
 Params = dict[str, Any]
 Tokens = Sequence[int] | np.ndarray
@@ -165,6 +166,59 @@ def extend(
         done += T
     assert logits_BV is not None
     return logits_BV, cache
+
+
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+def decode_step(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    token_B: jax.Array,
+    key: jax.Array,
+    sampling: Sampling = Sampling(),
+) -> tuple[jax.Array, Cache]:
+    """Feeds one token per row and draws the next, int32 [B]. The cache is donated."""
+    x_BTD, cache = hidden(config, params, cache, token_B[:, None])
+    return sample(unembed(config, params, x_BTD)[:, 0], sampling, key), cache
+
+
+class Generation:
+    """Tokens drawn one by one, without end: `for token_B in Generation(...)`, and `.cache` at any time.
+
+    The cache has then seen every token but the last one drawn, which the next step feeds. Token i of the stream is drawn
+    with fold_in(key, i): the same key and stream give the same tokens, however the loop was interrupted.
+
+    Args:
+      cache: donated; what `extend` returned with `logits_BV`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        cache: Cache,
+        logits_BV: jax.Array,
+        *,
+        sampling: Sampling = Sampling(),
+        key: jax.Array | None = None,
+    ):
+        self._config, self._params, self._sampling = config, params, sampling
+        self._key = jax.random.key(0) if key is None else key
+        self._place = int(jnp.max(cache.length))
+        self.cache = cache
+        self._next_B = sample(logits_BV, sampling, self._step_key())
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while True:
+            token_B = self._next_B
+            yield np.asarray(token_B)
+            self._place += 1
+            self._next_B, self.cache = decode_step(
+                self._config, self._params, self.cache, token_B, self._step_key(), self._sampling
+            )
+
+    def _step_key(self) -> jax.Array:
+        return jax.random.fold_in(self._key, self._place)
 
 
 def check_tokens(config: ModelConfig, tokens: Tokens) -> np.ndarray:
