@@ -2,9 +2,12 @@
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
-from experiments import jepa_pretrain
+from experiments import jepa_pretrain, sinks_attention_map
 
-JOBS = {"jepa_pretrain": jepa_pretrain.run}
+JOBS = {
+    "jepa_pretrain": jepa_pretrain.run,
+    "sinks_attention_map": sinks_attention_map.run,
+}
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError)

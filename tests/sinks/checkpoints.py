@@ -6,6 +6,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
+from sinks import tokenizer
 from sinks.weights import INDEX
 
 D, H, K, F, V, L = 16, 4, 4, 24, 264, 2
@@ -153,3 +154,18 @@ def byte_level_metadata(**changes):
         "tokenizer.chat_template": CHATML,
     }
     return metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+
+
+def save_tokenizer(folder):
+    """The byte-level vocabulary as tokenizer.json, with its two special tokens and chat template."""
+    backend = tokenizer.from_gguf(byte_level_metadata()).backend
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def byte_level_folder(folder):
+    """A small Llama with random weights that reads and writes any text: what `sinks.load(folder)` takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(save(folder, LLAMA, tensors(LLAMA)))
+    return folder

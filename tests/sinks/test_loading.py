@@ -1,7 +1,5 @@
 """`sinks.load` finds, fills and tries a model, and refuses one that would only look right."""
 
-import json
-
 import gguf
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,18 @@ import sinks
 from sinks import hub, loading, params, stream, tokenizer
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
-from tests.sinks.checkpoints import LLAMA, D, F, H, K, V, byte_level_metadata, save, tensors
+from tests.sinks.checkpoints import (
+    LLAMA,
+    D,
+    F,
+    H,
+    K,
+    V,
+    byte_level_metadata,
+    save,
+    save_tokenizer,
+    tensors,
+)
 
 TOKENIZER = tokenizer.from_gguf(byte_level_metadata())
 CONFIG = ModelConfig(
@@ -28,12 +37,6 @@ CONFIG = ModelConfig(
     max_positions=1024,
     rope_theta=100.0,
 )
-
-
-def save_tokenizer(folder):
-    TOKENIZER.backend.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def save_gguf(path, there, vocabulary=None):
