@@ -2,11 +2,11 @@
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
-from experiments import jepa_pretrain, sinks_attention_map
+from experiments import jepa_pretrain, sinks_perplexity
 
 JOBS = {
     "jepa_pretrain": jepa_pretrain.run,
-    "sinks_attention_map": sinks_attention_map.run,
+    "sinks_perplexity": sinks_perplexity.run,
 }
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
