@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -64,7 +65,7 @@ def run(workdir: Path, *, tokens: int = 2048, sample: int = 8, model: str = "smo
 
 def settings(tokens: int, sample: int) -> dict[str, Policy]:
     """The policies, by the names of the table's rows."""
-    bf16 = {"dtype": "bfloat16"}
+    bf16: dict[str, Any] = {"dtype": "bfloat16"}
     policies = {"dense": make_policy("dense", cache_size=tokens, **bf16)}
     policies[f"window 0+{CACHE}"] = make_policy("window", cache_size=CACHE, **bf16)
     for s in SINKS:

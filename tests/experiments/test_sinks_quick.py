@@ -8,6 +8,7 @@ from experiments import sinks_quick
 from tests.sinks.checkpoints import byte_level_folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*perplexity")
 def test_every_policy_gets_its_row_and_what_is_done_is_not_done_again(tmp_path, capsys):
     model = str(byte_level_folder(tmp_path / "model"))
