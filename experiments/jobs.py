@@ -2,11 +2,14 @@
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
-from experiments import jepa_pretrain, sinks_perplexity
+from experiments import jepa_pretrain, sinks_attention_map, sinks_perplexity, sinks_tasks
 
 JOBS = {
     "jepa_pretrain": jepa_pretrain.run,
     "sinks_perplexity": sinks_perplexity.run,
+    "sinks_attention_map": sinks_attention_map.run,
+    "sinks_streameval": sinks_tasks.run_streameval,
+    "sinks_qa_stream": sinks_tasks.run_qa_stream,
 }
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.

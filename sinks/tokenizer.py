@@ -4,7 +4,7 @@ No token is added by `encode`: what a stream's first tokens are, and so its sink
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -67,7 +67,12 @@ class Tokenizer:
         """Ids of `text`. Special tokens written in it ("<|im_start|>") become their ids; nothing is added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], *, special: bool = True) -> str:
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of `text`, and where each lies in it: characters start to stop."""
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         """The text of `ids`, without special tokens where `special` is False. Raises ValueError for unknown ids."""
         ids = [int(i) for i in ids]
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
