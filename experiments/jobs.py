@@ -2,9 +2,22 @@
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
-from experiments import jepa_pretrain, metaopt_job
+from experiments import (
+    jepa_pretrain,
+    metaopt_job,
+    sinks_attention_map,
+    sinks_perplexity,
+    sinks_tasks,
+)
 
-JOBS = {"jepa_pretrain": jepa_pretrain.run, "metaopt_grid": metaopt_job.run}
+JOBS = {
+    "jepa_pretrain": jepa_pretrain.run,
+    "metaopt_grid": metaopt_job.run,
+    "sinks_perplexity": sinks_perplexity.run,
+    "sinks_attention_map": sinks_attention_map.run,
+    "sinks_streameval": sinks_tasks.run_streameval,
+    "sinks_qa_stream": sinks_tasks.run_qa_stream,
+}
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError)

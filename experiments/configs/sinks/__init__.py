@@ -1,0 +1,1 @@
+"""StreamingLLM experiments."""

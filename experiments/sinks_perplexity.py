@@ -1,0 +1,228 @@
+"""Job "sinks_perplexity": the running perplexity of a long text, for a sweep of policies, cache sizes and sinks.
+
+The workdir gets one folder per setting with metrics.jsonl (a row per chunk) and checkpoints, perplexity.png, a table in
+table.md, and results.jsonl (a row per setting). Interrupted, each setting goes on in the middle of its stream.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.checkpoint import Checkpointer
+from common.config import ConfigError, build
+from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.plots import curves
+from common.results import config_hash, markdown_table, read_rows
+from common.writers import make_writer
+from common.writers import read_rows as read_metrics
+from experiments.sinks_job import begin, finish, open_model, open_tokens
+from sinks import perplexity, stream
+from sinks.loading import Model
+from sinks.perplexity import Tally
+from sinks.policies import Cached, Policy, make_policy
+
+log = logging.getLogger("triptych")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See experiments/configs/sinks/perplexity.py."""
+
+    job: str
+    name: str
+    model: str
+    dtype: str
+    int8: bool
+    text: str
+    tokens: int
+    bos: bool
+    policies: tuple[str, ...]
+    cache_sizes: tuple[int, ...]
+    sinks: tuple[int, ...]
+    sample: int
+    chunk: int
+    save_every: int
+    seed: int
+
+    def __post_init__(self):
+        if self.chunk < 1 or self.save_every < 1:
+            raise ValueError(f"chunk={self.chunk}, save_every={self.save_every}: at least 1")
+        list(self.sweep(10))  # refuses unknown policies and impossible sizes
+
+    def sweep(self, tokens: int) -> Iterator[tuple[str, Policy]]:
+        """Every setting by name, such as "sinks 4+1020"."""
+        spec = {"dtype": self.dtype, "int8": self.int8}
+        for kind in self.policies:
+            if kind == "dense":
+                yield "dense", make_policy("dense", cache_size=tokens, **spec)
+                continue
+            for size in self.cache_sizes:
+                if kind == "recompute":
+                    yield (
+                        f"recompute {size}",
+                        make_policy(kind, cache_size=size, sample=self.sample),
+                    )
+                    continue
+                for sinks in (0,) if kind == "window" else self.sinks:
+                    policy = make_policy(kind, cache_size=size, sinks=sinks, **spec)
+                    yield f"{kind} {sinks}+{size - sinks}", policy
+
+
+def run(values: dict[str, Any], workdir: Path) -> int:
+    """Runs the job; see experiments/launch.py for what it prints and returns."""
+    settings = build(Settings, values)
+    model = open_model(settings.model, settings.dtype)
+    _, documents = open_tokens(settings.text, model, bos=settings.bos)
+    tokens = np.concatenate(documents)[: settings.tokens or None]
+    if len(tokens) < max(2, settings.tokens):
+        raise ConfigError(f"config.tokens={settings.tokens}: the text has {len(tokens)}")
+    begin(workdir, values)
+    model = model._replace(params=stream.prepare(model.params, stacked=True))
+    for name, policy in settings.sweep(len(tokens)):
+        folder = workdir / name.replace(" ", "_")
+        if (folder / "result.json").exists():
+            log.info("%s: done before", name)
+            continue
+        if isinstance(policy, Cached) and name != "dense":
+            stream.check_spec(model.config, policy.spec)
+        if not _run_one(settings, values, name, policy, model, tokens, folder):
+            log.warning("%s: stopped; start the same command again to continue", name)
+            return EXIT_PREEMPTED
+        draw(workdir)
+    write_table(workdir)
+    return 0
+
+
+def _run_one(
+    settings: Settings,
+    values: dict[str, Any],
+    name: str,
+    policy: Policy,
+    model: Model,
+    tokens: np.ndarray,
+    folder: Path,
+) -> bool:
+    """Streams the text under one policy. False: asked to stop, with the state saved."""
+    meta = {
+        "setting": name,
+        "config": config_hash({**values, "save_every": 0}),
+        "tokens": len(tokens),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with Checkpointer(folder / "checkpoints") as saver, PreemptionGuard() as guard:
+        first, state, tally, filled, seconds = 0, None, Tally(), Tally(), 0.0
+        restored = saver.restore(jax.eval_shape(lambda: policy.init(model.config)))
+        if restored is not None:
+            state, saved = restored
+            if {k: saved[k] for k in meta} != meta:
+                raise ConfigError(
+                    f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
+                )
+            first, seconds = saved["place"], saved["seconds"]
+            tally, filled = Tally(**saved["tally"]), Tally(**saved["filled"])
+            log.info("%s: goes on at token %d of %d", name, first, len(tokens))
+        writer = make_writer(
+            folder, len(tokens) - 1, restored_step=first if first else -1, unit="tokens", headline="perplexity"
+        )  # fmt: skip
+        size = policy.spec.capacity if isinstance(policy, Cached) else getattr(policy, "length", 0)
+        pieces = perplexity.score(
+            model.config, model.params, policy, tokens, chunk=settings.chunk, first=first, state=state, seed=settings.seed
+        )  # fmt: skip
+        then = time.perf_counter()
+        for i, piece in enumerate(pieces, start=1):
+            places = piece.first + np.flatnonzero(piece.scored)
+            nll = piece.nll[piece.scored]
+            chunk = Tally.of(nll)
+            tally += chunk
+            filled += Tally.of(nll[places >= size])
+            now = time.perf_counter()
+            seconds, took, then = seconds + now - then, now - then, now
+            scalars = {"perplexity": tally.perplexity, "chunk_perplexity": chunk.perplexity}
+            writer.write(
+                piece.next, scalars | {"tokens_per_second": (piece.next - piece.first) / took}
+            )
+            stop = guard.reached(i)
+            if stop or i % settings.save_every == 0:
+                progress = {"place": piece.next, "seconds": seconds}
+                sums = {"tally": asdict(tally), "filled": asdict(filled)}
+                saver.save(piece.next, piece.state, meta | progress | sums, wait=stop)
+            if stop and piece.next < len(tokens) - 1:
+                writer.close()
+                return False
+        writer.close()
+    metrics = {
+        "perplexity": tally.perplexity,
+        "perplexity_filled": filled.perplexity,  # of tokens predicted from a full cache
+        "nats": tally.mean,
+        "standard_error": tally.standard_error,
+        "tokens": float(tally.count),
+        "tokens_per_second": tally.count / seconds if seconds else 0.0,
+    }
+    if isinstance(policy, Cached):
+        metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
+    log.info("%s: perplexity %.3f over %d tokens", name, tally.perplexity, tally.count)
+    finish(
+        folder, values | {"name": name}, metrics,
+        steps=tally.count, began=time.perf_counter() - seconds, seed=settings.seed,
+    )  # fmt: skip
+    return True
+
+
+def _settings_of(workdir: Path) -> dict[str, Path]:
+    found = sorted(workdir.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    return {path.parent.name.replace("_", " "): path.parent for path in found}
+
+
+def draw(workdir: Path) -> None:
+    """perplexity.png: running perplexity, and each chunk's own, one line per setting."""
+    rows: list[dict[str, float]] = []
+    names = _settings_of(workdir)
+    for name, folder in names.items():
+        for row in read_metrics(folder / "metrics.jsonl"):
+            running = {f"{name}": row["perplexity"], f"{name} ": row["chunk_perplexity"]}
+            rows.append({"step": row["step"], **running})
+    groups = {
+        "perplexity so far": list(names),
+        "perplexity of each chunk": [f"{n} " for n in names],
+    }
+    curves(rows, workdir / "perplexity.png", groups)
+
+
+def write_table(workdir: Path) -> str:
+    """table.md from the result rows of every setting."""
+    rows = [
+        row
+        for folder in _settings_of(workdir).values()
+        for row in read_rows(folder / "results.jsonl")
+    ]
+    header = [
+        "setting",
+        "perplexity",
+        "with a full cache",
+        "± nats",
+        "tokens",
+        "tokens/s",
+        "cache MB",
+    ]
+    cells = [
+        [
+            row.config,
+            row.metrics["perplexity"],
+            row.metrics["perplexity_filled"],
+            row.metrics["standard_error"],
+            int(row.metrics["tokens"]),
+            row.metrics["tokens_per_second"],
+            row.metrics["cache_bytes"] / 1e6 if "cache_bytes" in row.metrics else None,
+        ]
+        for row in rows
+    ]
+    table = markdown_table(header, cells)
+    (workdir / "table.md").write_text(table)
+    log.info("\n%s", table)
+    return table

@@ -1,0 +1,209 @@
+"""Attention over sinks, ring and new tokens: one softmax, for one token or a chunk of any length.
+
+A chunk gives exactly what its tokens give one by one (spec 2: each query has its own visible set and distances, and what a
+layer stores for a token depends on that token's query alone). So a long text needs no loop over tokens.
+
+Legend: B batch, T new tokens, H query heads, G key heads, Q = H / G query heads per key head, K head width, S sinks,
+R ring slots, M keys.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sinks.cache import CacheSpec, Layer, decode_kv, encode_kv, write_sinks
+from sinks.config import ModelConfig
+from sinks.positions import (
+    NOWHERE,
+    Rotation,
+    alibi_slopes,
+    distance,
+    evicted_at,
+    ring_index,
+    rotate,
+    rotation,
+    visible,
+)
+
+QUERY_BLOCK = (
+    256  # queries of a chunk that share one slice of keys: R + 256, of which each query sees R + 1
+)
+
+
+class Plan(NamedTuple):
+    """The chunk's place in the stream: computed once per forward pass, the same for every layer.
+
+    Attributes:
+      start: tokens seen before, [B]; n: new tokens, the first n of T, [B].
+      t: token index of each query, evicted: tokens forgotten by then, both [B, T].
+      recent: rotation at t, for new keys and for queries to recent ones; sink: at t - evicted, for queries to sinks.
+    """
+
+    start: jax.Array
+    n: jax.Array
+    t: jax.Array
+    evicted: jax.Array
+    recent: Rotation
+    sink: Rotation
+
+
+class Keys(NamedTuple):
+    """Keys with their values, k, v: [B, G, M, K], and their token indices, j: [B, M], NOWHERE for none."""
+
+    k: jax.Array
+    v: jax.Array
+    j: jax.Array
+
+
+class Bias(NamedTuple):
+    """What a model adds to its scores: ALiBi's slopes [H] or None; a logit that belongs to no key [H] or None."""
+
+    slopes: jax.Array | None
+    no_key: jax.Array | None
+
+
+def make_plan(
+    config: ModelConfig,
+    spec: CacheSpec,
+    start_B: jax.Array,
+    evicted_B: jax.Array,
+    n_B: jax.Array,
+    T: int,
+    dtype: jnp.dtype,
+) -> Plan:
+    """Positions and rotations of T tokens after the first start_B."""
+    t_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+    evicted_BT = evicted_at(t_BT, spec.capacity, evicted_B[:, None])
+    recent = rotation(config, t_BT, dtype)
+    sink = rotation(config, t_BT - evicted_BT, dtype)
+    return Plan(start_B, n_B, t_BT, evicted_BT, recent, sink)
+
+
+def attend(
+    config: ModelConfig,
+    spec: CacheSpec,
+    plan: Plan,
+    layer: Layer | None,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    sink_logit_H: jax.Array | None,
+) -> tuple[jax.Array, Layer]:
+    """Attention of T new tokens, each over its own visible set.
+
+    Args:
+      layer: the cache of this layer; None: the stream begins here (training).
+
+    Returns:
+      The mixed values [B, T, H, K], and what the cache has to keep: {"sink_k", "sink_v"} as they now stand, and the new
+      tokens' {"k", "v"} (with int8, their scales too), [B, G, T, ...].
+    """
+    T, S, stored = q_BTHK.shape[1], spec.sinks, jnp.dtype(spec.dtype)
+    k_BGTK = rotate(k_BTGK, plan.recent).swapaxes(1, 2).astype(stored)
+    v_BGTK = v_BTGK.swapaxes(1, 2).astype(stored)
+    if layer is None:
+        sink_k, sink_v = k_BGTK[:, :, :S], v_BGTK[:, :, :S]
+    else:
+        sink_k = write_sinks(layer["sink_k"], k_BGTK, plan.start, plan.n)
+        sink_v = write_sinks(layer["sink_v"], v_BGTK, plan.start, plan.n)
+    kept = {"sink_k": sink_k, "sink_v": sink_v, **encode_kv(spec, k_BGTK, v_BGTK)}
+
+    sinks = Keys(sink_k, sink_v, jnp.arange(sink_k.shape[2])[None])
+    # New tokens are read as the ring will hold them, so that in int8 too it does not matter where a text is cut. The
+    # sinks among them are read from their own slots.
+    new = Keys(*decode_kv(spec, kept), jnp.where(plan.t >= S, plan.t, NOWHERE))
+    q_sink = _by_key_head(rotate(q_BTHK, plan.sink), new)
+    q_recent = _by_key_head(rotate(q_BTHK, plan.recent), new)
+    bias = _bias(config, sink_logit_H)
+
+    if layer is None:
+        recent = [new]
+    elif T == 1:
+        recent = [_ring(spec, layer, plan.start), new]
+    else:
+        ring = _ring(spec, layer, plan.start, in_order=True)
+        recent = [Keys(*(jnp.concatenate(pair, axis) for *pair, axis in zip(ring, new, (2, 2, 1))))]
+
+    def block(first: int, last: int) -> jax.Array:
+        """Queries first .. last-1 of the chunk, over the slice of keys that any of them may see."""
+        rows = slice(first, last)
+        parts = [(q_sink[:, :, :, rows], sinks)] if S else []
+        for keys in recent:
+            M = keys.k.shape[2]
+            seen = slice(max(0, M - T + first - spec.recent), max(M - T, 0) + last)
+            cut = keys if T == 1 else Keys(keys.k[:, :, seen], keys.v[:, :, seen], keys.j[:, seen])
+            parts.append((q_recent[:, :, :, rows], cut))
+        return _softmax_mix(parts, plan.t[:, rows], plan.evicted[:, rows], S, bias)
+
+    mixed = [block(i, min(i + QUERY_BLOCK, T)) for i in range(0, T, QUERY_BLOCK)]
+    mixed_BGQTK = jnp.concatenate(mixed, 3) if len(mixed) > 1 else mixed[0]
+    return mixed_BGQTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape), kept
+
+
+def _softmax_mix(
+    parts: list[tuple[jax.Array, Keys]],
+    t_BT: jax.Array,
+    evicted_BT: jax.Array,
+    sinks: int,
+    bias: Bias,
+) -> jax.Array:
+    """One softmax over all parts, each a pair of queries [B, G, Q, T, K] and keys: the mixed values [B, G, Q, T, K]."""
+    scores = []
+    for q_BGQTK, keys in parts:
+        t, j, evicted = t_BT[:, :, None], keys.j[:, None, :], evicted_BT[:, :, None]
+        G, Q, K = (q_BGQTK.shape[i] for i in (1, 2, 4))
+        score = _einsum("BGQTK,BGMK->BGQTM", q_BGQTK, keys.k) * K**-0.5
+        if bias.slopes is not None:
+            far_BTM = distance(t, j, evicted, sinks).astype(score.dtype)
+            score -= bias.slopes.reshape(G, Q, 1, 1).astype(score.dtype) * far_BTM[:, None, None]
+        seen_BTM = visible(t, j, evicted, sinks)
+        scores.append(jnp.where(seen_BTM[:, None, None], score, -jnp.inf))
+
+    peak = jnp.stack([score.max(-1) for score in scores]).max(0)
+    peak = jnp.maximum(
+        peak, jnp.finfo(peak.dtype).min
+    )  # padding in an empty row sees nothing at all
+    if bias.no_key is not None:
+        no_key = bias.no_key.reshape(1, *scores[0].shape[1:3], 1).astype(peak.dtype)
+        peak = jnp.maximum(peak, no_key)
+    peak = jax.lax.stop_gradient(peak)
+    total = 0.0 if bias.no_key is None else jnp.exp(no_key - peak)
+    mixed = 0.0
+    for score, (_, keys) in zip(scores, parts):
+        weight = jnp.exp(score - peak[..., None])
+        total += weight.sum(-1)
+        mixed += _einsum("BGQTM,BGMK->BGQTK", weight.astype(keys.v.dtype), keys.v)
+    return mixed / jnp.where(total == 0, 1, total)[..., None]
+
+
+def _ring(spec: CacheSpec, layer: Layer, start_B: jax.Array, *, in_order: bool = False) -> Keys:
+    """The ring's keys after start_B tokens: as they lie, or from the oldest to the newest (a copy)."""
+    j_BR = ring_index(start_B, spec.sinks, spec.recent)
+    if in_order:
+        slot_BR = (start_B[:, None] - spec.sinks + jnp.arange(spec.recent)) % spec.recent
+        pick = jax.vmap(lambda x, slots: jnp.take(x, slots, axis=1))
+        layer = {name: pick(x, slot_BR) for name, x in layer.items() if not name.startswith("sink")}
+        j_BR = jnp.take_along_axis(j_BR, slot_BR, 1)
+    return Keys(*decode_kv(spec, layer), j_BR)
+
+
+def _by_key_head(q_BTHK: jax.Array, keys: Keys) -> jax.Array:
+    """Queries [B, G, Q, T, K], in the keys' type."""
+    B, T, H, K = q_BTHK.shape
+    G = keys.k.shape[1]
+    return q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).astype(keys.k.dtype)
+
+
+def _bias(config: ModelConfig, sink_logit_H: jax.Array | None) -> Bias:
+    slopes = alibi_slopes(config)
+    if config.sink_logits == "zero":
+        sink_logit_H = jnp.zeros(config.heads)
+    return Bias(None if slopes is None else jnp.asarray(slopes), sink_logit_H)
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Operands as they are, sums in float32 at least."""
+    precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    out = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=out, precision=precision)

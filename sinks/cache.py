@@ -1,0 +1,217 @@
+"""The key-value cache of an endless stream: S sinks, written once, and a ring of the R newest tokens (spec 1.10, layout B).
+
+Nothing is ever moved. Token j >= S goes to slot (j - S) mod R and stays there until it is overwritten, R tokens later. Keys
+are stored rotated by their true position and never rotated again: queries are rotated twice instead, by the position
+t for the ring and by their place in the cache for the sinks (sinks/attention.py). Attention reads before it writes, so a
+query sees R past tokens and itself, the paper's C + 1 = S + R + 1 keys, in a cache of exactly C.
+
+All shapes are static; one compiled program serves every length. Rows of a batch have lengths of their own.
+
+Legend: L layers, B batch, G key heads, K head width, S sinks, R ring slots, T new tokens.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from common.sharding import BATCH_AXES, Rules, shardings
+from sinks.config import ModelConfig
+from sinks.positions import ring_index
+
+RULES: Rules = {"batch": BATCH_AXES, "heads": "tensor", "layers": None}
+MAX_LENGTH = 2**31 - 1  # tokens of one stream: positions are int32
+
+Layer = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """How much is remembered, and how.
+
+    Attributes:
+      sinks: S, the first tokens of the stream, kept for ever. 0 is window attention.
+      recent: R, past tokens that a query sees besides the sinks and itself. As long as the stream: dense attention.
+      dtype: of keys and values.
+      int8: keep the ring in 8 bits, with one float32 scale per token and head; the sinks stay in `dtype`. (Scales belong
+        to a token, so rotated keys lose no more than unrotated ones: a rotation keeps each pair's length.)
+    """
+
+    sinks: int = 4
+    recent: int = 1020
+    dtype: str = "float32"
+    int8: bool = False
+
+    def __post_init__(self):
+        if self.sinks < 0:
+            raise ValueError(f"sinks={self.sinks}: 0 or more")
+        if self.recent < 1:
+            raise ValueError(f"recent={self.recent}: at least 1")
+        if self.dtype not in ("bfloat16", "float16", "float32", "float64"):
+            raise ValueError(f"cache dtype {self.dtype!r}: bfloat16, float16, float32 or float64")
+
+    @property
+    def capacity(self) -> int:
+        """C = S + R: the tokens that the cache holds."""
+        return self.sinks + self.recent
+
+    def nbytes(self, config: ModelConfig, batch: int = 1) -> int:
+        """Exactly the bytes of the cache: 2 L B G (S K b + R K b), plus two counters per row.
+
+        In int8: 2 L B G (S K b + R (K + 4)).
+        """
+        width = config.head_dim * jnp.dtype(self.dtype).itemsize
+        slot = config.head_dim + 4 if self.int8 else width
+        layers = 2 * config.depth * batch * config.kv_heads
+        return layers * (self.sinks * width + self.recent * slot) + 8 * batch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """The state of B streams: a pytree to donate, save and shard.
+
+    Attributes:
+      layers: {"sink_k", "sink_v" [B, G, S, K], "k", "v" [B, G, R, K]}, with int8 {"k_scale", "v_scale" [B, G, R]} too; every
+        array stacked over layers [L, ...], or a tuple of L such dicts (see `init`).
+      length: tokens seen, int32 [B].
+      evicted: tokens evicted in blocks beyond what streaming itself forgets, int32 [B] (sinks/policies.py).
+    """
+
+    layers: Layer | tuple[Layer, ...]
+    length: jax.Array
+    evicted: jax.Array
+    spec: CacheSpec = field(metadata={"static": True})
+
+
+def abstract(
+    config: ModelConfig, spec: CacheSpec, batch: int = 1, *, stacked: bool = True
+) -> Cache:
+    """The cache as shapes."""
+    G, K, S, R = config.kv_heads, config.head_dim, spec.sinks, spec.recent
+    dtype = jnp.dtype(spec.dtype)
+    lead = (config.depth, batch, G) if stacked else (batch, G)
+    ring_dtype = jnp.dtype(jnp.int8) if spec.int8 else dtype
+    shapes = {
+        "sink_k": ((*lead, S, K), dtype),
+        "sink_v": ((*lead, S, K), dtype),
+        "k": ((*lead, R, K), ring_dtype),
+        "v": ((*lead, R, K), ring_dtype),
+    }
+    if spec.int8:
+        shapes |= {name: ((*lead, R), jnp.dtype(jnp.float32)) for name in ("k_scale", "v_scale")}
+    layer = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    count = jax.ShapeDtypeStruct((batch,), jnp.dtype(jnp.int32))
+    return Cache(layer if stacked else (layer,) * config.depth, count, count, spec)
+
+
+def init(
+    config: ModelConfig, spec: CacheSpec, batch: int = 1, *, stacked: bool | None = None
+) -> Cache:
+    """An empty cache for `batch` streams.
+
+    Args:
+      stacked: layers on one leading axis, for `lax.scan` (small programs), or a tuple of layers (no slice is ever
+        copied, which on CPU halves the time of a token). Must match the parameters' blocks; default: what
+        `stream.prepare` chooses for the backend.
+    """
+    if stacked is None:
+        stacked = jax.default_backend() != "cpu"
+    shapes = abstract(config, spec, batch, stacked=stacked)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def logical_axes(cache: Cache) -> Cache:
+    """The logical axes of every array: rows over "batch", key heads over "heads"."""
+
+    def axes(leaf: Any, lead: tuple[str, ...]) -> tuple[str | None, ...]:
+        names = (*lead, "batch", "heads")
+        return names + (None,) * (leaf.ndim - len(names))
+
+    if isinstance(cache.layers, tuple):
+        layers = tuple({k: axes(v, ()) for k, v in layer.items()} for layer in cache.layers)
+    else:
+        layers = {k: axes(v, ("layers",)) for k, v in cache.layers.items()}
+    return replace(cache, layers=layers, length=("batch",), evicted=("batch",))
+
+
+def cache_shardings(cache: Cache, mesh: Mesh, rules: Rules = RULES) -> Cache:
+    """NamedShardings for the cache (arrays or shapes). Raises ValueError where the mesh does not divide it."""
+    return shardings(cache, logical_axes(cache), mesh, rules)
+
+
+def write_sinks(
+    old_BGSK: jax.Array, new_BGTK: jax.Array, start_B: jax.Array, n_B: jax.Array
+) -> jax.Array:
+    """The sinks after tokens start .. start+n-1, the first n_B of `new`: those among the first S are put in place."""
+    S, T = old_BGSK.shape[2], new_BGTK.shape[2]
+    source_BS = jnp.arange(S) - start_B[:, None]
+    picked = jnp.take_along_axis(new_BGTK, jnp.clip(source_BS, 0, T - 1)[:, None, :, None], axis=2)
+    is_new = (source_BS >= 0) & (source_BS < n_B[:, None])
+    return jnp.where(is_new[:, None, :, None], picked.astype(old_BGSK.dtype), old_BGSK)
+
+
+def write_ring(
+    old: jax.Array, new: jax.Array, sinks: int, start_B: jax.Array, n_B: jax.Array
+) -> jax.Array:
+    """The ring after tokens start .. start+n-1, the first n_B of `new`.
+
+    Args:
+      old: [B, G, R, ...]; new: [B, G, T, ...], of the same type.
+    """
+    R, T = old.shape[2], new.shape[2]
+
+    def one_token(old, new, start, n):
+        """Writes the slot in place; rewrites what is there when there is nothing to write."""
+        slot = (start - sinks) % R
+        keep = (n == 0) | (start < sinks)
+        here = jax.lax.dynamic_slice_in_dim(old, slot, 1, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(keep, here, new), slot, axis=1)
+
+    def chunk(old, new, start, n):
+        source = ring_index(start + n, sinks, R) - start
+        is_new = (source >= 0).reshape(R, *[1] * (old.ndim - 2))
+        return jnp.where(is_new, jnp.take(new, jnp.clip(source, 0, T - 1), axis=1), old)
+
+    return jax.vmap(one_token if T == 1 else chunk)(old, new, start_B, n_B)
+
+
+def encode_kv(spec: CacheSpec, k: jax.Array, v: jax.Array) -> Layer:
+    """Keys and values [..., K] as the ring stores them: {"k", "v"}, and with int8 {"k_scale", "v_scale"} [...]."""
+    if not spec.int8:
+        return {"k": k, "v": v}
+    (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
+    return {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+
+
+def decode_kv(spec: CacheSpec, layer: Layer) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `encode_kv`, up to rounding: k, v in the cache's dtype."""
+    if not spec.int8:
+        return layer["k"], layer["v"]
+    k, v = ((layer[x] * layer[f"{x}_scale"][..., None]).astype(spec.dtype) for x in ("k", "v"))
+    return k, v
+
+
+def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 [..., K] and float32 scale [...]: the largest feature of each vector becomes 127."""
+    scale = jnp.max(jnp.abs(x), -1).astype(jnp.float32) / 127
+    safe = jnp.where(scale == 0, 1, scale)[..., None].astype(x.dtype)
+    return jnp.round(x / safe).astype(jnp.int8), scale
+
+
+def update(cache: Cache, kept: Layer | tuple[Layer, ...], n_B: jax.Array) -> Cache:
+    """The cache after a chunk: `kept` is what attention returned for each layer, laid out like cache.layers."""
+    S, start_B = cache.spec.sinks, cache.length
+
+    def one_layer(old: Layer, new: Layer) -> Layer:
+        sinks = {name: new[name] for name in ("sink_k", "sink_v")}
+        ring = [name for name in old if name not in sinks]
+        return sinks | {x: write_ring(old[x], new[x], S, start_B, n_B) for x in ring}
+
+    if isinstance(cache.layers, tuple):
+        layers = tuple(map(one_layer, cache.layers, kept))
+    else:
+        layers = jax.vmap(one_layer)(cache.layers, kept)
+    return replace(cache, layers=layers, length=start_B + n_B)

@@ -1,0 +1,115 @@
+"""What a model is: sizes, positions and options of the four families, as read from a checkpoint's own config."""
+
+from dataclasses import dataclass
+
+FAMILIES = ("llama", "neox", "mpt", "falcon")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+SINK_LOGITS = ("none", "zero", "learned")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """A static change of RoPE's frequencies (the Hugging Face names).
+
+    Attributes:
+      kind: "linear" (all frequencies divided by factor) or "llama3" (only the slow ones, with a smooth passage).
+      low_freq_factor, high_freq_factor, original_positions: of "llama3".
+
+    Frequencies that depend on the current length (dynamic NTK, LongRoPE) have no exact streaming form (spec 2).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(
+                f"rope scaling {self.kind!r} is not supported: only 'linear' and 'llama3' are, whose frequencies do not "
+                "depend on the current length"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of one of FAMILIES.
+
+    Attributes:
+      family: which file of sinks/models computes it.
+      width, depth, heads, kv_heads, head_dim, mlp_dim: D, L, H, G, K, F of the shape legends; G divides H.
+      norm_eps: of RMSNorm (llama) or LayerNorm (the others).
+      max_positions: the length it was trained for.
+      rope_theta: RoPE's base; 0 for models without RoPE.
+      rope_fraction: part of head_dim that is rotated, from its front, as two halves (Pythia: 0.25).
+      alibi: a linear bias on distances in place of RoPE (MPT, Falcon-RW).
+      activation: of the MLP; gated for llama only.
+      attention_bias, mlp_bias, norm_bias: whether those layers have biases (norm_bias: LayerNorm only).
+      out_bias: bias of the attention's output product; None follows attention_bias (Qwen2 has q, k, v biases only).
+      parallel_residual: attention and MLP read the same input (NeoX, Falcon).
+      parallel_norms: norms before a parallel block: 2, or 1 shared by both (Falcon-7B).
+      tie_embeddings: logits are products with the embedding.
+      clip_qkv: MPT's bound on queries, keys and values; 0 for none.
+      sink_logits: a term in the softmax's denominator that belongs to no key: "none"; "zero", a logit of 0 (SoftMax1,
+        the paper's Zero Sink); "learned", one logit per head.
+      bos_id, eos_ids: special tokens; bos_id -1 for none.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    alibi: bool = False
+    activation: str = "silu"
+    attention_bias: bool = False
+    out_bias: bool | None = None
+    mlp_bias: bool = False
+    norm_bias: bool = True
+    parallel_residual: bool = False
+    parallel_norms: int = 2
+    tie_embeddings: bool = False
+    clip_qkv: float = 0.0
+    sink_logits: str = "none"
+    bos_id: int = -1
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name, known in (
+            ("family", FAMILIES),
+            ("activation", ACTIVATIONS),
+            ("sink_logits", SINK_LOGITS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
+        sizes = ("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_dim")
+        for name in (*sizes, "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.rotary_dim % 2 or not 0 < self.rope_fraction <= 1:
+            raise ValueError(
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} must be an even number of features"
+            )
+        if self.alibi and self.rope_theta:
+            raise ValueError("alibi takes the place of RoPE: set rope_theta=0")
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's features are rotated."""
+        return int(self.head_dim * self.rope_fraction) if self.rope_theta else 0
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads

@@ -1,0 +1,178 @@
+"""From a name or a path to a model that can be run: config, parameters and tokenizer.
+
+    config, params, tokenizer = sinks.load("smollm2-135m")      # fetched once, then offline
+    config, params, tokenizer = sinks.load("model.gguf")        # Llama architecture
+    config, params, tokenizer = sinks.load("folder/")           # safetensors: Llama, Mistral, Pythia, MPT, Falcon
+    config, params, tokenizer = sinks.load("EleutherAI/pythia-160m")
+
+Before anything is returned, the model reads a paragraph of English: weights whose features are in the wrong order answer
+fluently enough to be mistaken for good ones, and this tells them apart.
+"""
+
+import difflib
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sinks import convert, gguf_file, hf_config, hub, stream, tokenizer, weights
+from sinks.cache import CacheSpec
+from sinks.config import ModelConfig
+from sinks.params import Params
+from sinks.tokenizer import Tokenizer
+
+PARAGRAPH = (  # the Declaration of Independence: whoever has read English text has read it
+    "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their Creator with "
+    "certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness. That to secure these "
+    "rights, Governments are instituted among Men, deriving their just powers from the consent of the governed, That "
+    "whenever any Form of Government becomes destructive of these ends, it is the Right of the People to alter or to "
+    "abolish it, and to institute new Government, laying its foundation on such principles and organizing its powers in "
+    "such form, as to them shall seem most likely to effect their Safety and Happiness."
+)
+SUSPICIOUS = 20.0  # perplexity of PARAGRAPH: SmolLM2-135M's is 4.7, and over 70 with RoPE's features in a wrong order
+
+
+class Model(NamedTuple):
+    """What `load` returns; `sinks.models.family(config)` computes it, `sinks.stream` runs it."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load(name_or_path: str | Path, *, dtype: Any = "float32", check: bool = True) -> Model:
+    """Loads a model with its tokenizer.
+
+    Args:
+      name_or_path: a name of `hub.FILES`; a .gguf file; a folder with config.json, tokenizer.json and safetensors; or a
+        model on the Hugging Face hub, "owner/name" or "owner/name@revision".
+      dtype: of the parameters: "float32", or "bfloat16" for half the memory.
+      check: whether the model reads a paragraph first (see `check_reading`).
+
+    Raises:
+      ValueError: the path holds no model that can be loaded, or its weights are not what their config says.
+      OSError: what must be downloaded cannot be.
+    """
+    path = _locate(name_or_path)
+    config, params, text = _read(path, dtype)
+    if text.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: its tokenizer knows {text.vocab_size} tokens, its weights {config.vocab_size}: they do not "
+            "belong together"
+        )
+    if check:
+        check_reading(config, params, text, str(path))
+    return Model(config, params, text)
+
+
+def load_weights(path: str | Path, *, dtype: Any = "float32") -> tuple[ModelConfig, Params]:
+    """Config and parameters of a .gguf file or a safetensors folder, which needs no tokenizer."""
+    config, tensors, _ = _open(Path(path))
+    return config, _params(config, tensors, dtype)
+
+
+def _locate(name_or_path: str | Path) -> Path:
+    name = str(name_or_path)
+    if name in hub.FILES:
+        return hub.fetch(name)
+    if (path := Path(name).expanduser()).exists():
+        return path
+    if isinstance(name_or_path, str) and weights.is_hub_id(name):
+        return weights.fetch_from_hub(name)
+    close = difflib.get_close_matches(name, hub.FILES, n=1, cutoff=0.5)
+    raise ValueError(
+        f"{name!r} is no file, no folder, no model on the hub (owner/name), and not one of {', '.join(hub.FILES)}"
+        + (f": did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def _open(path: Path) -> tuple[ModelConfig, dict[str, weights.Tensor], gguf_file.GGUF | None]:
+    if path.is_dir() and not (path / "config.json").exists():
+        inside = sorted(path.glob("*.gguf"))
+        if len(inside) > 1:
+            found = ", ".join(file.name for file in inside)
+            raise ValueError(f"{path} holds several GGUF files, name one of them: {found}")
+        path = inside[0] if inside else path
+    if path.is_dir():
+        settings, tensors = weights.read_folder(path)
+        return hf_config.model_config(settings, str(path / "config.json")), tensors, None
+    file = gguf_file.read(path)
+    config = gguf_file.llama_config(file, path)
+    return config, gguf_file.llama_tensors(file, config), file
+
+
+def _params(config: ModelConfig, tensors: dict[str, weights.Tensor], dtype: Any) -> Params:
+    return jax.tree.map(jnp.asarray, convert.model_params(tensors, config, jnp.dtype(dtype)))
+
+
+def _read(path: Path, dtype: Any) -> tuple[ModelConfig, Params, Tokenizer]:
+    config, tensors, file = _open(path)
+    folder = path if path.is_dir() else path.parent
+    if file is None or (folder / "tokenizer.json").is_file():
+        text = tokenizer.from_folder(folder)
+    else:
+        text = tokenizer.from_gguf(file.metadata)
+    return config, _params(config, tensors, dtype), text
+
+
+def check_reading(config: ModelConfig, params: Params, text: Tokenizer, where: str = "") -> float:
+    """The model's perplexity on PARAGRAPH, which is low if the weights are where they belong.
+
+    Where it is not, the other orders of RoPE's features are tried, which converters confuse. Raises ValueError if one of
+    them reads clearly better; warns if none does (another language, or damaged weights).
+    """
+    ids = text.encode(PARAGRAPH)
+    ids = jnp.asarray([[text.bos_id, *ids] if text.bos_id is not None else ids])
+    loaded = float(_perplexity(config, params, ids))
+    if loaded < SUSPICIOUS:
+        return loaded
+    if config.rotary_dim:
+        for order in (_pairs_to_halves, _halves_to_pairs):
+            other = float(_perplexity(config, _reorder(config, params, order), ids))
+            if other < loaded / 1.2:
+                raise ValueError(
+                    f"{where}: the features that RoPE rotates are in the wrong order: perplexity {loaded:.0f} on plain "
+                    f"English, and {other:.0f} after {order.__name__.strip('_').replace('_', ' ')}. The program that "
+                    "converted these weights put them so; convert them again, or load them with check=False"
+                )
+    warnings.warn(
+        f"{where}: perplexity {loaded:.0f} on a well-known English paragraph ({config.vocab_size} is a guess's). That is "
+        "right for an untrained model or one of another language; else the weights are damaged",
+        stacklevel=2,
+    )
+    return loaded
+
+
+@partial(jax.jit, static_argnums=0)
+def _perplexity(config: ModelConfig, params: Params, ids_BT: jax.Array) -> jax.Array:
+    spec = CacheSpec(sinks=0, recent=ids_BT.shape[1])
+    x_BTD = stream.hidden_from_start(config, params, spec, ids_BT[:, :-1])
+    logprob_BTV = jax.nn.log_softmax(stream.unembed(config, params, x_BTD))
+    return jnp.exp(-jnp.take_along_axis(logprob_BTV, ids_BT[:, 1:, None], -1).mean())
+
+
+def _pairs_to_halves(n: int) -> np.ndarray:
+    """Where features lie that come as rotated pairs side by side, and should be half a head apart."""
+    return np.arange(n).reshape(-1, 2).T.reshape(-1)
+
+
+def _halves_to_pairs(n: int) -> np.ndarray:
+    return np.arange(n).reshape(2, -1).T.reshape(-1)
+
+
+def _reorder(config: ModelConfig, params: Params, order) -> Params:
+    index = np.concatenate(
+        [order(config.rotary_dim), np.arange(config.rotary_dim, config.head_dim)]
+    )
+
+    def features(leaf: jax.Array) -> jax.Array:
+        heads = leaf.reshape(*leaf.shape[:-1], -1, config.head_dim)
+        return heads[..., index].reshape(leaf.shape)
+
+    moved = ("q", "k", "q_bias", "k_bias")
+    blocks = {k: features(v) if k in moved else v for k, v in params["blocks"].items()}
+    return {**params, "blocks": blocks}

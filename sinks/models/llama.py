@@ -1,0 +1,77 @@
+"""Llama: SmolLM2, Llama 2 and 3, Mistral, Qwen2, and whatever else has RMSNorm, RoPE and a gated MLP.
+
+Legend: B batch, T tokens, D width, H heads, G key heads, K head width, F hidden width, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sinks.config import ModelConfig
+from sinks.models.layers import Leaf, activate, dense, rms_norm
+
+
+def layout(c: ModelConfig) -> dict[str, Any]:
+    """Names, shapes and axes of the parameters; see sinks/params.py."""
+    D, F, V, H, G, K = c.width, c.mlp_dim, c.vocab_size, c.heads, c.kv_heads, c.head_dim
+    blocks = {
+        "attn_norm": Leaf((D,), (None,), "ones"),
+        "q": Leaf((D, H * K), ("embed", "heads")),
+        "k": Leaf((D, G * K), ("embed", "heads")),
+        "v": Leaf((D, G * K), ("embed", "heads")),
+        "o": Leaf((H * K, D), ("heads", "embed"), "out"),
+        "mlp_norm": Leaf((D,), (None,), "ones"),
+        "gate": Leaf((D, F), ("embed", "mlp")),
+        "up": Leaf((D, F), ("embed", "mlp")),
+        "down": Leaf((F, D), ("mlp", "embed"), "out"),
+    }
+    if c.attention_bias:
+        blocks["q_bias"] = Leaf((H * K,), ("heads",), "zeros")
+        blocks["k_bias"] = Leaf((G * K,), ("heads",), "zeros")
+        blocks["v_bias"] = Leaf((G * K,), ("heads",), "zeros")
+    if c.attention_bias if c.out_bias is None else c.out_bias:
+        blocks["o_bias"] = Leaf((D,), (None,), "zeros")
+    if c.mlp_bias:
+        blocks["gate_bias"] = Leaf((F,), ("mlp",), "zeros")
+        blocks["up_bias"] = Leaf((F,), ("mlp",), "zeros")
+        blocks["down_bias"] = Leaf((D,), (None,), "zeros")
+    if c.sink_logits == "learned":
+        blocks["sink_logit"] = Leaf((H,), ("heads",), "zeros")
+    tree = {
+        "embed": Leaf((V, D), ("vocab", "embed")),
+        "blocks": blocks,
+        "norm": Leaf((D,), (None,), "ones"),
+    }
+    if not c.tie_embeddings:
+        tree["unembed"] = Leaf((D, V), ("embed", "vocab"))
+    return tree
+
+
+def embed(c: ModelConfig, params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
+    """Token embeddings [B, T, D], in float32 (float64 for float64 parameters)."""
+    x = params["embed"][tokens_BT]
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def block(c: ModelConfig, p: dict[str, Any], x_BTD: jax.Array, attend) -> jax.Array:
+    """x + attention(norm(x)), then x + mlp(norm(x)) with mlp(h) = down(act(gate h) * up h)."""
+    B, T, _ = x_BTD.shape
+    h = rms_norm(x_BTD, p["attn_norm"], c.norm_eps)
+    q_BTHK = dense(h, p["q"], p.get("q_bias")).reshape(B, T, c.heads, c.head_dim)
+    k_BTGK = dense(h, p["k"], p.get("k_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    v_BTGK = dense(h, p["v"], p.get("v_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    mixed_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, p.get("sink_logit"))
+    x_BTD = x_BTD + dense(mixed_BTHK.reshape(B, T, -1), p["o"], p.get("o_bias"))
+
+    h = rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
+    gate_BTF = activate(c.activation, dense(h, p["gate"], p.get("gate_bias")))
+    up_BTF = dense(h, p["up"], p.get("up_bias"))
+    return x_BTD + dense(gate_BTF * up_BTF, p["down"], p.get("down_bias"))
+
+
+def unembed(c: ModelConfig, params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
+    """Logits [B, T, V] in float32."""
+    x_BTD = rms_norm(x_BTD, params["norm"], c.norm_eps)
+    w_DV = params["embed"].T if c.tie_embeddings else params["unembed"]
+    return dense(x_BTD, w_DV)

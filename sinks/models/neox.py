@@ -1,0 +1,29 @@
+"""GPT-NeoX: Pythia and GPT-NeoX-20B. LayerNorm, RoPE on a part of each head, attention and MLP side by side."""
+
+from typing import Any
+
+import jax
+
+from sinks.config import ModelConfig
+from sinks.models import parts
+from sinks.models.parts import embed, unembed
+
+__all__ = ["block", "embed", "layout", "unembed"]
+
+
+def layout(c: ModelConfig) -> dict[str, Any]:
+    """Names, shapes and axes of the parameters; see sinks/params.py."""
+    blocks = {
+        **parts.norm_leaves(c, "attn_norm"),
+        **parts.attention_leaves(c),
+        **parts.norm_leaves(c, "mlp_norm"),
+        **parts.mlp_leaves(c),
+    }
+    return parts.model_leaves(c, blocks)
+
+
+def block(c: ModelConfig, p: dict[str, Any], x_BTD: jax.Array, attend) -> jax.Array:
+    """x + attention(norm(x)) + mlp(norm'(x)); the MLP reads attention's result where the residual is not parallel."""
+    attended_BTD = x_BTD + parts.attention(c, p, parts.norm(c, p, "attn_norm", x_BTD), attend)
+    read_BTD = x_BTD if c.parallel_residual else attended_BTD
+    return attended_BTD + parts.mlp(c, p, parts.norm(c, p, "mlp_norm", read_BTD))

@@ -1,0 +1,268 @@
+"""Running a model along a stream: one token, a chunk, or a text of any length, at constant memory.
+
+    config, params, tokenizer = sinks.load("smollm2-135m")
+    params = stream.prepare(params)
+    cache = cache.init(config, CacheSpec(sinks=4, recent=1020))
+    logits_BV, cache = stream.extend(config, params, cache, [tokenizer.encode(text)])
+
+Legend: B batch, T tokens, D width, V vocabulary, L layers.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sinks import models
+from sinks.attention import attend, make_plan
+from sinks.cache import MAX_LENGTH, Cache, CacheSpec, update
+from sinks.config import ModelConfig
+from sinks.sampling import Sampling, sample
+
+Params = dict[str, Any]
+Tokens = Sequence[int] | np.ndarray
+
+CHUNKS = (
+    1,
+    16,
+    128,
+    1024,
+)  # lengths that `extend` compiles for; what is left over is padded to the next
+
+
+def prepare(params: Params, *, stacked: bool | None = None) -> Params:
+    """Parameters as this backend runs them fastest.
+
+    Args:
+      stacked: blocks on one leading axis, for `lax.scan`, or a tuple of blocks. Default: a tuple on CPU, where
+        slicing a block out of the stack copies it.
+    """
+    if stacked is None:
+        stacked = jax.default_backend() != "cpu"
+    blocks = params["blocks"]
+    if stacked == isinstance(blocks, dict):
+        return params
+    if stacked:
+        blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    else:
+        depth = jax.tree.leaves(blocks)[0].shape[0]
+        blocks = tuple(jax.tree.map(lambda p, i=i: p[i], blocks) for i in range(depth))
+    return {**params, "blocks": blocks}
+
+
+def hidden(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    n_B: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """The last block's output [B, T, D] for T new tokens, and the cache that has seen them.
+
+    Args:
+      n_B: how many of each row's tokens count, from the left; None: all. The rest is padding: it leaves no trace.
+    """
+    B, T = tokens_BT.shape
+    n_B = jnp.full((B,), T, jnp.int32) if n_B is None else n_B
+    x_BTD = models.family(config).embed(config, params, tokens_BT)
+    plan = make_plan(config, cache.spec, cache.length, cache.evicted, n_B, T, x_BTD.dtype)
+    x_BTD, kept = _run_blocks(config, params, cache.spec, plan, cache.layers, x_BTD)
+    return x_BTD, update(cache, kept, n_B)
+
+
+def hidden_from_start(
+    config: ModelConfig, params: Params, spec: CacheSpec, tokens_BT: jax.Array
+) -> jax.Array:
+    """The last block's output [B, T, D] for texts that begin here, with no cache: training, re-computation.
+
+    Query t sees what the stream with this spec would let it see; recent >= T is ordinary causal attention.
+    """
+    B, T = tokens_BT.shape
+    x_BTD = models.family(config).embed(config, params, tokens_BT)
+    zero_B = jnp.zeros(B, jnp.int32)
+    plan = make_plan(config, spec, zero_B, zero_B, zero_B + T, T, x_BTD.dtype)
+    return _run_blocks(config, params, spec, plan, None, x_BTD)[0]
+
+
+def unembed(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Logits [B, T, V] of the blocks' output."""
+    return models.family(config).unembed(config, params, x_BTD)
+
+
+def _run_blocks(config: ModelConfig, params: Params, spec: CacheSpec, plan, layers, x_BTD):
+    block = models.family(config).block
+
+    def one_block(x_BTD, p_and_layer):
+        p, layer = p_and_layer
+        kept = {}
+
+        def attend_here(q, k, v, sink_logit):
+            mixed, new = attend(config, spec, plan, layer, q, k, v, sink_logit)
+            kept.update(new)
+            return mixed
+
+        x_BTD = block(config, p, x_BTD, attend_here)
+        return x_BTD, kept if layers is not None else None
+
+    blocks = params["blocks"]
+    if isinstance(blocks, dict):
+        return jax.lax.scan(one_block, x_BTD, (blocks, layers))
+    kept = []
+    for p_and_layer in zip(blocks, layers or (None,) * len(blocks)):
+        x_BTD, new = one_block(x_BTD, p_and_layer)
+        kept.append(new)
+    return x_BTD, tuple(kept)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def chunk_step(
+    config: ModelConfig, params: Params, cache: Cache, tokens_BT: jax.Array, n_B: jax.Array
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, V] after each row's n-th new token (meaningless where n is 0), and the cache, which is donated."""
+    x_BTD, cache = hidden(config, params, cache, tokens_BT, n_B)
+    last = jnp.maximum(n_B - 1, 0)[:, None, None]
+    return unembed(config, params, jnp.take_along_axis(x_BTD, last, 1))[:, 0], cache
+
+
+def extend(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    rows: Sequence[Tokens],
+    *,
+    chunks: Sequence[int] = CHUNKS,
+) -> tuple[jax.Array, Cache]:
+    """Streams a text into each row of the cache, however long, exactly as token by token.
+
+    Args:
+      cache: donated: use the one returned.
+      rows: token ids, one sequence per row; lengths may differ, and be 0 for some.
+      chunks: chunk lengths to compile for; together they bound the number of compilations.
+
+    Returns:
+      Logits [B, V] after each row's last token (zeros where a row got none), and the cache.
+
+    Raises:
+      ValueError: a wrong number of rows, no token at all, a token id outside the vocabulary, or a stream longer than 2^31.
+    """
+    texts = [check_tokens(config, row) for row in rows]
+    check_stream(config, params, cache, texts)
+    lengths = np.array([len(text) for text in texts])
+    logits_BV, done = None, 0
+    while done < lengths.max():
+        left = lengths.max() - done
+        T = next((c for c in sorted(chunks) if c >= left), max(chunks))
+        n_B = np.clip(lengths - done, 0, T)
+        tokens_BT = np.zeros((len(texts), T), np.int32)
+        for b, text in enumerate(texts):
+            tokens_BT[b, : n_B[b]] = text[done : done + n_B[b]]
+        new_BV, cache = chunk_step(config, params, cache, tokens_BT, n_B.astype(np.int32))
+        old_BV = jnp.zeros_like(new_BV) if logits_BV is None else logits_BV
+        logits_BV = jnp.where(n_B[:, None] > 0, new_BV, old_BV)
+        done += T
+    assert logits_BV is not None
+    return logits_BV, cache
+
+
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
+def decode_step(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    token_B: jax.Array,
+    key: jax.Array,
+    sampling: Sampling = Sampling(),
+) -> tuple[jax.Array, Cache]:
+    """Feeds one token per row and draws the next, int32 [B]. The cache is donated."""
+    x_BTD, cache = hidden(config, params, cache, token_B[:, None])
+    return sample(unembed(config, params, x_BTD)[:, 0], sampling, key), cache
+
+
+class Generation:
+    """Tokens drawn one by one, without end: `for token_B in Generation(...)`, and `.cache` at any time.
+
+    The cache has then seen every token but the last one drawn, which the next step feeds. Token i of the stream is drawn
+    with fold_in(key, i): the same key and stream give the same tokens, however the loop was interrupted.
+
+    Args:
+      cache: donated; what `extend` returned with `logits_BV`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        cache: Cache,
+        logits_BV: jax.Array,
+        *,
+        sampling: Sampling = Sampling(),
+        key: jax.Array | None = None,
+    ):
+        self._config, self._params, self._sampling = config, params, sampling
+        self._key = jax.random.key(0) if key is None else key
+        self._place = int(jnp.max(cache.length))
+        self.cache = cache
+        self._next_B = sample(logits_BV, sampling, self._step_key())
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        while True:
+            token_B = self._next_B
+            yield np.asarray(token_B)
+            self._place += 1
+            self._next_B, self.cache = decode_step(
+                self._config, self._params, self.cache, token_B, self._step_key(), self._sampling
+            )
+
+    def _step_key(self) -> jax.Array:
+        return jax.random.fold_in(self._key, self._place)
+
+
+def check_tokens(config: ModelConfig, tokens: Tokens) -> np.ndarray:
+    """Token ids as int32. Raises ValueError naming the first that is not in the vocabulary."""
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"token ids must be a flat sequence of integers, got {ids.dtype} {ids.shape}"
+        )
+    wrong = np.flatnonzero((ids < 0) | (ids >= config.vocab_size))
+    if wrong.size:
+        raise ValueError(
+            f"token {ids[wrong[0]]} at place {wrong[0]} is outside the vocabulary of {config.vocab_size}: were the ids "
+            "made by another model's tokenizer?"
+        )
+    return ids.astype(np.int32)
+
+
+def check_stream(
+    config: ModelConfig, params: Params, cache: Cache, rows: Sequence[np.ndarray]
+) -> None:
+    """Raises ValueError for what cannot be streamed into this cache."""
+    batch = cache.length.shape[0]
+    if len(rows) != batch:
+        raise ValueError(f"the cache holds {batch} streams, got {len(rows)} rows of tokens")
+    if not any(len(row) for row in rows):
+        raise ValueError("an empty text: give at least one token, such as the tokenizer's bos_id")
+    if isinstance(params["blocks"], dict) != isinstance(cache.layers, dict):
+        raise ValueError(
+            "parameters and cache are laid out differently: use stream.prepare(params) with cache.init(...), or the "
+            "same `stacked` for both"
+        )
+    seen = int(jnp.max(cache.length)) + max(map(len, rows))
+    if seen > MAX_LENGTH:
+        raise ValueError(
+            f"a stream holds {MAX_LENGTH} tokens, this one would have {seen}: begin anew"
+        )
+
+
+def check_spec(config: ModelConfig, spec: CacheSpec) -> None:
+    """Warns when queries would stand at positions that the model was never trained for."""
+    if spec.capacity >= config.max_positions:
+        warnings.warn(
+            f"sinks={spec.sinks} + recent={spec.recent} reach position {spec.capacity}, but the model was trained for "
+            f"positions 0 to {config.max_positions - 1}: expect worse predictions once the cache is full",
+            stacklevel=2,
+        )

@@ -1,0 +1,73 @@
+"""The perplexity job from its config to its table; stopped in the middle of a stream, it gives the same rows."""
+
+import json
+
+import numpy as np
+import pytest
+
+from common.config import ConfigError
+from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.writers import read_rows
+from experiments import sinks_perplexity
+from experiments.configs.sinks.perplexity import get_config
+from tests.sinks.checkpoints import byte_level_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*perplexity", "ignore:.*reach position")
+
+
+def settings(folder, arg="smoke", **changes):
+    config = get_config(arg)
+    config.update(model=str(byte_level_folder(folder / "model")), dtype="float32", **changes)
+    return config.to_dict()
+
+
+def metrics(folder):
+    rows = read_rows(folder / "metrics.jsonl")
+    return [(row["step"], row["perplexity"], row["chunk_perplexity"]) for row in rows]
+
+
+def test_a_sweep_ends_in_a_row_per_setting_and_a_picture(tmp_path):
+    values = settings(tmp_path, policies=("dense", "window", "recompute", "sinks"), sample=4)
+    run = tmp_path / "run"
+    assert sinks_perplexity.run(values, run) == 0
+    names = ["dense", "recompute_16", "sinks_2+14", "window_0+16"]
+    assert sorted(p.parent.name for p in run.glob("*/result.json")) == names
+    assert (run / "perplexity.png").exists()
+    assert [line.split("|")[1].strip() for line in (run / "table.md").read_text().splitlines()[2:]]
+    result = json.loads((run / "sinks_2+14" / "result.json").read_text())["metrics"]
+    assert result["tokens"] == 99
+    np.testing.assert_allclose(result["nats"], np.log(result["perplexity"]))
+
+
+def test_a_stream_stopped_in_the_middle_goes_on_there(tmp_path, monkeypatch):
+    values = settings(tmp_path, policies=("sinks",))
+    assert sinks_perplexity.run(values, tmp_path / "whole") == 0
+    monkeypatch.setattr(PreemptionGuard, "reached", lambda self, step: step == 2)
+    assert sinks_perplexity.run(values, tmp_path / "parts") == EXIT_PREEMPTED
+    monkeypatch.undo()
+    assert not (tmp_path / "parts" / "sinks_2+14" / "result.json").exists()
+    assert sinks_perplexity.run(values, tmp_path / "parts") == 0
+    assert metrics(tmp_path / "parts" / "sinks_2+14") == metrics(tmp_path / "whole" / "sinks_2+14")
+
+
+def test_another_texts_stream_is_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(PreemptionGuard, "reached", lambda self, step: step == 1)
+    values = settings(tmp_path, policies=("sinks",))
+    assert sinks_perplexity.run(values, tmp_path / "run") == EXIT_PREEMPTED
+    with pytest.raises(ConfigError, match="holds a stream of another config or text"):
+        sinks_perplexity.run(values | {"tokens": 80}, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"policies": ("streaming",)}, "policy 'streaming' is unknown"),
+        ({"cache_sizes": (2,)}, "cache_size=2 leaves no room beside sinks=2"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"tokens": 10**9}, r"config\.tokens=1000000000: the text has"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(tmp_path, changes, message):
+    values = settings(tmp_path, policies=("sinks",)) | changes
+    with pytest.raises(ConfigError, match=message):
+        sinks_perplexity.run(values, tmp_path / "run")

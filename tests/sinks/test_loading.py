@@ -1,0 +1,210 @@
+"""`sinks.load` finds, fills and tries a model, and refuses one that would only look right."""
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sinks
+from sinks import hub, loading, params, stream, tokenizer
+from sinks.cache import CacheSpec
+from sinks.config import ModelConfig
+from tests.sinks.checkpoints import (
+    LLAMA,
+    D,
+    F,
+    H,
+    K,
+    V,
+    byte_level_metadata,
+    save,
+    save_tokenizer,
+    tensors,
+)
+
+TOKENIZER = tokenizer.from_gguf(byte_level_metadata())
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=V,
+    width=32,
+    depth=2,
+    heads=2,
+    kv_heads=2,
+    head_dim=16,
+    mlp_dim=64,
+    max_positions=1024,
+    rope_theta=100.0,
+)
+
+
+def save_gguf(path, there, vocabulary=None):
+    """The checkpoint as llama.cpp's converter would write it."""
+    names = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+    }
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(D)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(H)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(500.0)
+    metadata = vocabulary or byte_level_metadata()
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint32(key, value)
+    for name, tensor in there.items():
+        if "q_proj" in name or "k_proj" in name:
+            tensor = tensor.reshape(-1, 2, K // 2, D).swapaxes(1, 2).reshape(tensor.shape)
+        name = name.replace("model.layers.", "blk.").removesuffix(".weight")
+        for theirs, llama_cpp in names.items():
+            name = name.replace(theirs, llama_cpp)
+        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_folder_and_the_gguf_made_from_it_are_one_model(tmp_path):
+    there = tensors(LLAMA)
+    save_tokenizer(save(tmp_path / "a", LLAMA, there))
+    (tmp_path / "b").mkdir()
+    path = save_gguf(tmp_path / "b" / "m.gguf", there)
+    folder = sinks.load(tmp_path / "a", check=False)
+    file = sinks.load(path, check=False)
+    jax.tree.map(np.testing.assert_array_equal, folder.params, file.params)
+    ids = folder.tokenizer.encode("the 12 é")
+    assert ids == file.tokenizer.encode("the 12 é")
+    assert (file.tokenizer.bos_id, file.tokenizer.eos_ids) == (1, {2})
+    assert (folder.tokenizer.bos_id, folder.tokenizer.eos_ids) == (1, {2})
+    same = ("family", "vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "rope_theta")
+    for name in (*same, "mlp_dim", "rope_fraction", "tie_embeddings", "attention_bias"):
+        assert getattr(folder.config, name) == getattr(file.config, name), name
+
+    config, values, _ = sinks.load(str(tmp_path / "b"), check=False)  # the folder of one GGUF file
+    assert config == file.config
+    spec = CacheSpec(sinks=0, recent=len(ids))
+    assert jnp.isfinite(stream.hidden_from_start(config, values, spec, jnp.asarray([ids]))).all()
+    save_gguf(tmp_path / "b" / "n.gguf", there)
+    with pytest.raises(ValueError, match=r"several GGUF files, name one of them: m\.gguf, n\.gguf"):
+        sinks.load(tmp_path / "b")
+
+
+def test_a_tokenizer_beside_a_gguf_file_comes_first(tmp_path):
+    odd = byte_level_metadata(pre="an-unknown-one")
+    path = save_gguf(tmp_path / "m.gguf", tensors(LLAMA), odd)
+    with pytest.raises(ValueError, match=r"pre='an-unknown-one'.*tokenizer\.json beside"):
+        sinks.load(path, check=False)
+    save_tokenizer(tmp_path)
+    assert sinks.load(path, check=False).tokenizer.encode("h") == TOKENIZER.encode("h")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    there = tensors(LLAMA)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        there[name] = there[name][:100]
+    save_tokenizer(save(tmp_path, {**LLAMA, "vocab_size": 100}, there))
+    with pytest.raises(ValueError, match="knows 263 tokens, its weights 100"):
+        sinks.load(tmp_path)
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"'smollm-135m' is no file.*did you mean 'smollm2-135m'\?"
+    ):
+        sinks.load("smollm-135m")
+    with pytest.raises(ValueError, match="is no file, no folder, no model on the hub"):
+        sinks.load(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"notes\.txt is no GGUF file: it begins with b'hell'"):
+        sinks.load(tmp_path / "notes.txt")
+
+
+def test_a_known_name_is_fetched(tmp_path, monkeypatch):
+    path = save_gguf(tmp_path / "m.gguf", tensors(LLAMA))
+    monkeypatch.setattr(hub, "fetch", lambda name: path if name == "smollm2-135m" else None)
+    config, values, text = sinks.load("smollm2-135m", check=False, dtype="bfloat16")
+    assert config.width == D and values["embed"].dtype == jnp.bfloat16 and text.bos_id == 1
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """A small model that has learned the paragraph by heart."""
+    ids = jnp.asarray([[TOKENIZER.bos_id, *TOKENIZER.encode(loading.PARAGRAPH)[:256]]])
+    values = params.init(CONFIG, jax.random.key(0))
+    adam = optax.adam(1e-2)
+    spec = CacheSpec(sinks=0, recent=ids.shape[1])
+
+    def loss(values):
+        x = stream.hidden_from_start(CONFIG, values, spec, ids[:, :-1])
+        logits = stream.unembed(CONFIG, values, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+    @jax.jit
+    def step(values, state):
+        gradient = jax.grad(loss)(values)
+        updates, state = adam.update(gradient, state, values)
+        return optax.apply_updates(values, updates), state
+
+    state = adam.init(values)
+    for _ in range(150):
+        values, state = step(values, state)
+    return values
+
+
+@pytest.fixture
+def short(monkeypatch):
+    text = TOKENIZER.decode(TOKENIZER.encode(loading.PARAGRAPH)[:256])
+    monkeypatch.setattr(loading, "PARAGRAPH", text)
+
+
+def test_a_model_that_reads_passes(reader, short):
+    assert loading.check_reading(CONFIG, reader, TOKENIZER) < 5
+
+
+@pytest.mark.parametrize("theirs", ["side by side", "half a head apart"])
+def test_ropes_features_in_the_wrong_order_are_told_apart(reader, short, theirs):
+    """What a forgotten, and what a repeated reordering of q and k makes of a file."""
+    heads = {k: np.asarray(reader["blocks"][k]).reshape(2, 32, 2, 16) for k in "qk"}
+    if theirs == "side by side":
+        wrong = {
+            k: w.reshape(2, 32, 2, 2, 8).swapaxes(-1, -2).reshape(2, 32, 32)
+            for k, w in heads.items()
+        }
+    else:
+        wrong = {
+            k: w.reshape(2, 32, 2, 8, 2).swapaxes(-1, -2).reshape(2, 32, 32)
+            for k, w in heads.items()
+        }
+    values = {**reader, "blocks": reader["blocks"] | wrong}
+    with pytest.raises(
+        ValueError, match="features that RoPE rotates are in the wrong order: perplex"
+    ):
+        loading.check_reading(CONFIG, values, TOKENIZER, "m.gguf")
+
+
+def test_a_model_that_reads_nothing_is_only_warned_about(short):
+    values = params.init(CONFIG, jax.random.key(1))
+    with pytest.warns(UserWarning, match=r"untrained model or one of another language"):
+        assert loading.check_reading(CONFIG, values, TOKENIZER) > 200
