@@ -1,5 +1,6 @@
 """AdamW as the papers use it, from a plain specification."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,3 +80,25 @@ def adamw(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
         mask=decays,
     )
     return optax.chain(optax.clip_by_global_norm(spec.clip), update) if spec.clip else update
+
+
+def _scheduled(spec: OptimSpec, steps: int, step: int) -> dict[str, float]:
+    return {
+        "lr": float(spec.lr_schedule(steps)(step)),
+        "weight_decay": float(spec.weight_decay_schedule(steps)(step)),
+    }
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How a recipe gets its optimizer, and what the log shows of it. The default follows the schedules.
+
+    Attributes:
+      make: (specification, updates of the run) -> transformation.
+      learned: optimizer state -> scalars to log that the optimizer has set itself; runs inside the jitted step.
+      scheduled: (specification, updates of the run, step) -> what the schedules say at a step.
+    """
+
+    make: Callable[[OptimSpec, int], optax.GradientTransformation] = adamw
+    learned: Callable[[Any], dict[str, jax.Array]] = lambda opt_state: {}
+    scheduled: Callable[[OptimSpec, int, int], dict[str, float]] = _scheduled

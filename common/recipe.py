@@ -45,6 +45,10 @@ class Recipe(Protocol):
         """Logical axes of everything in `extra`."""
         ...
 
+    def learned(self, opt_state: Any) -> dict[str, jax.Array]:
+        """Scalars that the optimizer has set itself, for the log; {} for none. Runs inside the jitted step."""
+        ...
+
     def schedules(self, step: int) -> dict[str, float]:
         """Scheduled values at a step, for the log."""
         ...

@@ -60,7 +60,8 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         keep = jax.tree.map(
             lambda new, old: new if new is old else jnp.where(good, new, old), moved, state
         )
-        return keep, metrics | {"grad_norm": mean(grad_norm)}
+        learned = {name: mean(value) for name, value in recipe.learned(keep.opt_state).items()}
+        return keep, metrics | learned | {"grad_norm": mean(grad_norm)}
 
     return step
 

@@ -12,7 +12,7 @@ import optax
 from common.metrics import Metrics
 from common.nn.layers import LOGICAL_AXES
 from common.nn.policy import Policy
-from common.optim import OptimSpec, adamw
+from common.optim import Optimizer, OptimSpec
 from common.schedules import linear
 from common.sharding import logical_axes
 from jepa.config import ViTConfig
@@ -58,6 +58,7 @@ class IJepa:
     ema: EmaSpec = EmaSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     policy: Policy = Policy()
+    optimizing: Optimizer = Optimizer()
 
     def __post_init__(self):
         if self.masks.grid != self.model.grid:
@@ -84,7 +85,7 @@ class IJepa:
         return {"target": jax.tree.map(jnp.copy, params["encoder"])}
 
     def optimizer(self) -> optax.GradientTransformation:
-        return adamw(self.optim, self.steps)
+        return self.optimizing.make(self.optim, self.steps)
 
     def loss(
         self, params: dict, extra: dict, batch: dict, key: jax.Array | None
@@ -110,12 +111,12 @@ class IJepa:
     def extra_axes(self, abstract: Any) -> Any:
         return logical_axes(abstract, AXES)
 
+    def learned(self, opt_state: Any) -> dict[str, jax.Array]:
+        return self.optimizing.learned(opt_state)
+
     def schedules(self, step: int) -> dict[str, float]:
-        return {
-            "lr": float(self.optim.lr_schedule(self.steps)(step)),
-            "weight_decay": float(self.optim.weight_decay_schedule(self.steps)(step)),
-            "ema": float(self.momentum(step)),
-        }
+        scheduled = self.optimizing.scheduled(self.optim, self.steps, step)
+        return scheduled | {"ema": float(self.momentum(step))}
 
     def batch_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch, for compiling without data."""

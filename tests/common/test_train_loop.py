@@ -59,6 +59,9 @@ class Line:
     def extra_axes(self, abstract):
         return jax.tree.map(lambda _: ("embed",), abstract)
 
+    def learned(self, opt_state):
+        return {"steps_of_adam": opt_state[0].count}
+
     def schedules(self, step):
         return {"lr": 0.1 / (step + 1)}
 
@@ -271,6 +274,9 @@ def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals(tmp_
     ]  # fmt: skip
     assert found[-1].keys() == {"step", "eval/average"}
     assert found[1]["lr"] == 0.1 / 5, "row s + 1 holds the schedules of step s"
+    assert [row["steps_of_adam"] for row in found[:3]] == [1, 5, 6], (
+        "what the optimizer sets itself"
+    )
     with Checkpointer(tmp_path / "checkpoints") as saver:
         assert saver.steps() == [4, 6]
 

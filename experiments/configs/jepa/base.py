@@ -67,6 +67,7 @@ def base() -> ConfigDict:
                 "eps": 1e-8,
                 "clip": 0.0,
                 "schedule_scale": 1.0,
+                "auto": False,  # learn rate and weight decay on the way (metaopt), from lr and weight_decay
             },
             "ema": {"start": 0.996, "final": 1.0},
             "train": {

@@ -1,0 +1,45 @@
+"""AdamW whose learning rate and weight decay learn themselves: `--config.optim.auto=true` in any training config."""
+
+from typing import Any
+
+import jax
+import optax
+
+import metaopt
+from common.optim import Optimizer, OptimSpec, decays
+from metaopt import learn
+
+
+def _make(spec: OptimSpec, steps: int) -> optax.GradientTransformationExtraArgs:
+    """`metaopt.auto` from the specification's peak rate and first weight decay; no schedule, whatever `steps`."""
+    del steps
+
+    def factory(learning_rate: Any, weight_decay: Any = spec.weight_decay):
+        update = optax.adamw(
+            learning_rate,
+            b1=spec.b1,
+            b2=spec.b2,
+            eps=spec.eps,
+            weight_decay=weight_decay,
+            mask=decays,
+        )
+        # Clipping belongs inside: the signal is then that of the raw gradient.
+        return optax.chain(optax.clip_by_global_norm(spec.clip), update) if spec.clip else update
+
+    rates: dict[str, Any] = {"learning_rate": learn(spec.lr)}
+    if spec.weight_decay:
+        rates["weight_decay"] = learn(spec.weight_decay)
+    return metaopt.auto(factory, **rates)
+
+
+def _learned(opt_state: Any) -> dict[str, jax.Array]:
+    """Under the names that the schedules have in the log."""
+    values = metaopt.learned(opt_state)
+    return {
+        name: values[keyword]
+        for name, keyword in (("lr", "learning_rate"), ("weight_decay", "weight_decay"))
+        if keyword in values
+    }
+
+
+LEARNED = Optimizer(_make, _learned, lambda spec, steps, step: {})
