@@ -2,13 +2,20 @@
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
-from experiments import jepa_pretrain, sinks_attention_map, sinks_perplexity, sinks_tasks
+from experiments import (
+    jepa_pretrain,
+    sinks_attention_map,
+    sinks_perplexity,
+    sinks_pretrain,
+    sinks_tasks,
+)
 
 JOBS = {
     "jepa_pretrain": jepa_pretrain.run,
     "sinks_perplexity": sinks_perplexity.run,
     "sinks_attention_map": sinks_attention_map.run,
     "sinks_streameval": sinks_tasks.run_streameval,
+    "sinks_pretrain": sinks_pretrain.run,
     "sinks_qa_stream": sinks_tasks.run_qa_stream,
 }
 
