@@ -7,12 +7,14 @@ from experiments import (
     sinks_attention_map,
     sinks_perplexity,
     sinks_pretrain,
+    sinks_speed,
     sinks_tasks,
 )
 
 JOBS = {
     "jepa_pretrain": jepa_pretrain.run,
     "sinks_perplexity": sinks_perplexity.run,
+    "sinks_speed": sinks_speed.run,
     "sinks_attention_map": sinks_attention_map.run,
     "sinks_streameval": sinks_tasks.run_streameval,
     "sinks_pretrain": sinks_pretrain.run,

@@ -217,8 +217,8 @@ def _reply(talk: Conversation, message: str, limit: int) -> None:
     handler = signal.signal(signal.SIGINT, lambda *_: stopped.set())
     before, began, answer = talk.length, 0.0, talk.answer(message, limit)
     try:
-        for piece in answer:
-            if not began:
+        for i, piece in enumerate(answer):
+            if i == 1:  # the first token waits for the prompt, and once for a compilation
                 began, before = time.perf_counter(), talk.length
             print(piece, end="", flush=True)
             if stopped.is_set():
