@@ -10,6 +10,8 @@ import optax
 from common.schedules import cosine, warmup_cosine
 from common.sharding import path_name
 
+Mask = Callable[[Any], Any]  # parameters -> a tree of bools, of the same structure
+
 
 @dataclass(frozen=True)
 class OptimSpec:
@@ -23,6 +25,7 @@ class OptimSpec:
       b1, b2, eps: AdamW's.
       clip: largest global gradient norm; 0 for none (I-JEPA clips nothing).
       schedule_scale: stretches all schedules beyond the run (`ipe_scale`: 1.0 for I-JEPA, 1.25 for V-JEPA).
+      auto: rate and decay learn themselves, from `lr` and `weight_decay` on. It asks for an `Optimizer` that does.
     """
 
     lr: float = 1e-3
@@ -36,6 +39,7 @@ class OptimSpec:
     eps: float = 1e-8
     clip: float = 0.0
     schedule_scale: float = 1.0
+    auto: bool = False
 
     def __post_init__(self):
         if self.lr <= 0 or min(self.start_lr, self.final_lr) < 0:
@@ -69,15 +73,17 @@ def decays(params: Any) -> Any:
     )
 
 
-def adamw(spec: OptimSpec, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps` updates."""
+def adamw(spec: OptimSpec, steps: int, mask: Mask = decays) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps` updates; `mask` says what decays."""
+    if spec.auto:
+        raise ValueError("optim.auto asks for an optimizer that learns: pass one to the recipe")
     update = optax.adamw(
         spec.lr_schedule(steps),
         b1=spec.b1,
         b2=spec.b2,
         eps=spec.eps,
         weight_decay=spec.weight_decay_schedule(steps),
-        mask=decays,
+        mask=mask,
     )
     return optax.chain(optax.clip_by_global_norm(spec.clip), update) if spec.clip else update
 
@@ -94,11 +100,11 @@ class Optimizer:
     """How a recipe gets its optimizer, and what the log shows of it. The default follows the schedules.
 
     Attributes:
-      make: (specification, updates of the run) -> transformation.
+      make: (specification, updates of the run, what decays) -> transformation.
       learned: optimizer state -> scalars to log that the optimizer has set itself; runs inside the jitted step.
       scheduled: (specification, updates of the run, step) -> what the schedules say at a step.
     """
 
-    make: Callable[[OptimSpec, int], optax.GradientTransformation] = adamw
+    make: Callable[[OptimSpec, int, Mask], optax.GradientTransformation] = adamw
     learned: Callable[[Any], dict[str, jax.Array]] = lambda opt_state: {}
     scheduled: Callable[[OptimSpec, int, int], dict[str, float]] = _scheduled

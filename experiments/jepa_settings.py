@@ -9,10 +9,10 @@ from common.augment import CenterCrop, RandomResizedCrop
 from common.config import ConfigError, build
 from common.mesh import MeshSpec
 from common.nn.policy import Policy
-from common.optim import Optimizer, OptimSpec
+from common.optim import OptimSpec
 from common.sharding import BATCH_AXES
 from common.train_loop import TrainSpec
-from experiments.learned_optim import LEARNED
+from experiments.learned_optim import optimizer_of
 from jepa.config import ViTConfig, vit
 from jepa.masks import MaskSpec
 from jepa.objective import ObjectiveSpec
@@ -134,7 +134,6 @@ def resolve(values: Mapping[str, Any], examples: int = 0) -> Settings:
     train = build(TrainSpec, train_values, "config.train.")
 
     optim_values = dict(values["optim"])
-    optimizing = LEARNED if optim_values.pop("auto", False) else Optimizer()
     optim_values["warmup"] = int(optim_values.pop("warmup_epochs") * per_epoch)
     optim = build(OptimSpec, optim_values, "config.optim.")
     try:
@@ -152,7 +151,7 @@ def resolve(values: Mapping[str, Any], examples: int = 0) -> Settings:
             steps=train.steps,
             optim=optim,
             ema=build(EmaSpec, values["ema"], "config.ema."),
-            optimizing=optimizing,
+            optimizing=optimizer_of(optim),
             objective=build(ObjectiveSpec, values["objective"], "config.objective."),
             policy=dataclasses.replace(
                 build(Policy, values["policy"], "config.policy."), batch_axes=BATCH_AXES

@@ -7,6 +7,8 @@ from experiments import (
     metaopt_job,
     sinks_attention_map,
     sinks_perplexity,
+    sinks_pretrain,
+    sinks_speed,
     sinks_tasks,
 )
 
@@ -14,8 +16,10 @@ JOBS = {
     "jepa_pretrain": jepa_pretrain.run,
     "metaopt_grid": metaopt_job.run,
     "sinks_perplexity": sinks_perplexity.run,
+    "sinks_speed": sinks_speed.run,
     "sinks_attention_map": sinks_attention_map.run,
     "sinks_streameval": sinks_tasks.run_streameval,
+    "sinks_pretrain": sinks_pretrain.run,
     "sinks_qa_stream": sinks_tasks.run_qa_stream,
 }
 

@@ -6,11 +6,11 @@ import jax
 import optax
 
 import metaopt
-from common.optim import Optimizer, OptimSpec, decays
+from common.optim import Mask, Optimizer, OptimSpec
 from metaopt import learn
 
 
-def _make(spec: OptimSpec, steps: int) -> optax.GradientTransformationExtraArgs:
+def _make(spec: OptimSpec, steps: int, mask: Mask) -> optax.GradientTransformationExtraArgs:
     """`metaopt.auto` from the specification's peak rate and first weight decay; no schedule, whatever `steps`."""
     del steps
 
@@ -21,7 +21,7 @@ def _make(spec: OptimSpec, steps: int) -> optax.GradientTransformationExtraArgs:
             b2=spec.b2,
             eps=spec.eps,
             weight_decay=weight_decay,
-            mask=decays,
+            mask=mask,
         )
         # Clipping belongs inside: the signal is then that of the raw gradient.
         return optax.chain(optax.clip_by_global_norm(spec.clip), update) if spec.clip else update
@@ -42,4 +42,6 @@ def _learned(opt_state: Any) -> dict[str, jax.Array]:
     }
 
 
-LEARNED = Optimizer(_make, _learned, lambda spec, steps, step: {})
+def optimizer_of(spec: OptimSpec) -> Optimizer:
+    """What a recipe with this specification is given."""
+    return Optimizer(_make, _learned, lambda spec, steps, step: {}) if spec.auto else Optimizer()

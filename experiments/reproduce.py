@@ -1,41 +1,27 @@
-"""The main job on the embedded defaults: `make reproduce`.
+"""The three papers' effects on the embedded defaults: `make reproduce`.
 
-Renders the scenes (once), pretrains I-JEPA on them, and probes it next to an untrained encoder and raw pixels. Prints the
-table, draws runs/reproduce/report.png, and appends rows to runs/reproduce/results.jsonl. Interrupted, it continues where
+  metaopt  digits: a fixed learning rate against one that learns itself, over initial rates
+  sinks    SmolLM2 reads a novel through a small cache: dense, window, re-computation, sinks
+  jepa     pretrains I-JEPA on rendered scenes and probes it next to an untrained encoder and raw pixels
+
+Each part prints its table and leaves a picture and result rows in its folder of the workdir. Interrupted, it continues where
 it stood; what is done is not done again.
 
-  python -m experiments.reproduce [--seeds=1] [--epochs=N] [--workdir=runs/reproduce]
+  python -m experiments.reproduce [--only=jepa] [--workdir=runs/reproduce] [--seeds=1] [--epochs=N]
 """
 
 import argparse
-import json
 import logging
-import math
-import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-from common.config import ConfigError
-from common.data import open_source
-from common.datasets.scenes.builder import prepare
 from common.distributed import EXIT_PREEMPTED
 from common.host import keep_freed_memory
-from common.mesh import make_mesh
-from common.results import append_row, make_row, read_rows, summarize
-from experiments import jepa_pretrain
-from experiments.configs.jepa.scenes import get_config
-from experiments.jepa_eval import encode_fn, linear_probes, pixels
-from experiments.jepa_pictures import report_picture
-from experiments.jepa_settings import resolve
+from experiments import jepa_scenes, metaopt_digits, sinks_quick
+from experiments.jobs import KNOWN_ERRORS
 
-LABELS = ("count", "distance", "shape")
-KINDS = {"jepa": "I-JEPA", "untrained": "untrained encoder", "pixels": "raw pixels"}
 log = logging.getLogger("triptych")
 
 
@@ -45,118 +31,53 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=1, help="runs to average (default 1)")
-    parser.add_argument("--epochs", type=float, default=0, help="default: what the config says")
+    parser.add_argument("--only", default="metaopt,sinks,jepa", help="parts, by comma")
     parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--seeds", type=int, default=1, help="of I-JEPA, to average (default 1)")
+    parser.add_argument("--epochs", type=float, default=0, help="of I-JEPA; default: its config's")
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: at least 1")
-    keep_freed_memory()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    log.setLevel(logging.INFO)
-    began = time.perf_counter()
-    data_dir = prepare_scenes(args.workdir)
-    try:
-        for seed in range(args.seeds):
-            code = run_seed(seed, args.epochs, args.workdir, data_dir)
-            if code:
-                return code
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    show(args.workdir, data_dir)
-    log.info("done in %.1f minutes", (time.perf_counter() - began) / 60)
-    return 0
-
-
-def prepare_scenes(workdir: Path) -> str:
-    """Renders the scenes unless they exist; returns the data directory."""
-    data_dir = os.environ.get("TFDS_DATA_DIR", "")
-    if not data_dir or not os.access(data_dir, os.W_OK) or not (Path(data_dir) / "scenes").exists():
-        data_dir = str(workdir.parent / "data")
-    prepare(data_dir)
-    return data_dir
-
-
-def run_seed(seed: int, epochs: float, workdir: Path, data_dir: str) -> int:
-    """Pretrains and probes one seed, and its two baselines; skips what has a row. Returns an exit code."""
-    run = workdir / f"seed{seed}"
-    config = get_config(f"seed={seed}" + (f",epochs={epochs}" if epochs else ""))
-    config.data.data_dir = data_dir
-    values = config.to_dict()
-    if not (run / "result.json").exists():
-        code = jepa_pretrain.run(values, run)
-        if code:
-            if code == EXIT_PREEMPTED:
-                log.warning("run `make reproduce` again to continue")
-            return code
-    rows = run / "results.jsonl"
-    done = {row.job for row in read_rows(rows)}
-    source, test_source = jepa_pretrain.open_sources(values)
-    settings = resolve(values, len(source))
-    mesh = make_mesh(settings.mesh)
-    for kind in ("untrained", "pixels"):
-        if f"baseline_{kind}" in done:
-            continue
-        began = time.perf_counter()
-        encode = pixels
-        if kind == "untrained":
-            encoder = settings.recipe.encoder
-            encode = encode_fn(encoder, encoder.init(jax.random.key(settings.train.seed)))
-        metrics = linear_probes(settings, mesh, encode, source, test_source, KINDS[kind])
-        append_row(
-            rows,
-            make_row(
-                job=f"baseline_{kind}",
-                config=settings.name,
-                metrics=metrics,
-                seeds=[seed],
-                steps=0,
-                wall_seconds=time.perf_counter() - began,
-                resolved=values,
-            ),
-        )
-    return 0
-
-
-def show(workdir: Path, data_dir: str) -> None:
-    """Prints and draws what the rows of all seeds say."""
-    rows = [row for path in sorted(workdir.glob("seed*/results.jsonl")) for row in read_rows(path)]
-    test = open_source("scenes", "test", data_dir)
-    labels = [test[i] for i in range(len(test))]
-    majority = {
-        name: float(np.bincount([record[name] for record in labels]).max() / len(labels))
-        for name in LABELS
+    # The quickest first: something to look at within a minute.
+    parts: dict[str, Callable[[], int]] = {
+        "metaopt": lambda: _digits(args.workdir / "metaopt"),
+        "sinks": lambda: sinks_quick.run(args.workdir / "sinks"),
+        "jepa": lambda: jepa_scenes.run(
+            args.workdir / "jepa", seeds=args.seeds, epochs=args.epochs
+        ),
     }
-    jobs = {"jepa_pretrain": "jepa", "baseline_untrained": "untrained", "baseline_pixels": "pixels"}
-    accuracy: dict[str, dict[str, tuple[float, float]]] = {}
-    for job, kind in jobs.items():
-        chosen = [row for row in rows if row.job == job]
-        summary = {
-            name: next(iter(summarize(chosen, by="job", metric=f"linear_{name}").values()))
-            for name in LABELS
-        }
-        accuracy[kind] = {name: (s.mean, s.sd) for name, s in summary.items()}
-    table = Table(title="Linear probe on 4,000 test scenes (accuracy, %)")
-    table.add_column("features")
-    for name in LABELS:
-        table.add_column(name, justify="right")
-    for kind, title in KINDS.items():
-        table.add_row(title, *[_percent(*accuracy[kind][name]) for name in LABELS])
-    table.add_row("most frequent class", *[_percent(majority[name]) for name in LABELS])
-    Console().print(table)
-    picture = workdir / "report.png"
-    config = get_config("")
-    config.data.data_dir = data_dir
-    report_picture(picture, resolve(config.to_dict(), 20_000), test, accuracy, majority, workdir)
-    (workdir / "report.json").write_text(
-        json.dumps({"accuracy": accuracy, "majority": majority}, indent=2) + "\n"
+    chosen = [name.strip() for name in args.only.split(",")]
+    for name in chosen:
+        if name not in parts:
+            parser.error(f"--only={args.only}: {name!r} is none of {', '.join(parts)}")
+    keep_freed_memory()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+
+    began, failed = time.perf_counter(), []
+    for name in (name for name in parts if name in chosen):
+        log.info("\n=== %s", name)
+        try:
+            code = parts[name]()
+        except KNOWN_ERRORS as error:
+            log.error("error: %s", error)
+            code = 2
+        if code == EXIT_PREEMPTED:
+            log.warning("run `make reproduce` again to continue")
+            return code
+        if code:
+            failed.append(name)
+    log.info(
+        "done in %.1f minutes; pictures lie in %s", (time.perf_counter() - began) / 60, args.workdir
     )
-    log.info("drew %s", picture)
+    if failed:
+        log.error("failed: %s", ", ".join(failed))
+    return 1 if failed else 0
 
 
-def _percent(mean: float, spread: float = math.nan) -> str:
-    return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if math.isfinite(spread) else "")
+def _digits(workdir: Path) -> int:
+    metaopt_digits.run(workdir)
+    return 0
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class StreamEvalSettings(Settings):
     every: int
     distances: tuple[int, ...]
     digits: int
+    keys: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run_streameval(values: dict[str, Any], workdir: Path) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     s = build(StreamEvalSettings, values)
     try:
-        maker = tasks.StreamEval(s.queries, s.every, s.distances, s.digits)
+        maker = tasks.StreamEval(s.queries, s.every, s.distances, s.digits, s.keys)
     except ValueError as error:
         raise ConfigError(f"config: {error}") from error
     made = [maker.task(s.seed + i) for i in range(s.samples)]

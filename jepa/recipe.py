@@ -12,7 +12,7 @@ import optax
 from common.metrics import Metrics
 from common.nn.layers import LOGICAL_AXES
 from common.nn.policy import Policy
-from common.optim import Optimizer, OptimSpec
+from common.optim import Optimizer, OptimSpec, decays
 from common.schedules import linear
 from common.sharding import logical_axes
 from jepa.config import ViTConfig
@@ -85,7 +85,7 @@ class IJepa:
         return {"target": jax.tree.map(jnp.copy, params["encoder"])}
 
     def optimizer(self) -> optax.GradientTransformation:
-        return self.optimizing.make(self.optim, self.steps)
+        return self.optimizing.make(self.optim, self.steps, decays)
 
     def loss(
         self, params: dict, extra: dict, batch: dict, key: jax.Array | None

@@ -106,7 +106,13 @@ def _open(path: Path) -> tuple[ModelConfig, dict[str, weights.Tensor], gguf_file
 
 
 def _params(config: ModelConfig, tensors: dict[str, weights.Tensor], dtype: Any) -> Params:
-    return jax.tree.map(jnp.asarray, convert.model_params(tensors, config, jnp.dtype(dtype)))
+    params = convert.model_params(tensors, config, jnp.dtype(dtype))
+    leaves, treedef = jax.tree.flatten(params)
+    del params
+    for i, leaf in enumerate(leaves):  # one at a time: two copies of the whole may not fit
+        leaves[i] = jnp.asarray(leaf)
+        del leaf
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _read(path: Path, dtype: Any) -> tuple[ModelConfig, Params, Tokenizer]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from sinks import models
 from sinks.attention import attend, make_plan
-from sinks.cache import MAX_LENGTH, Cache, CacheSpec, update
+from sinks.cache import MAX_LENGTH, Cache, CacheSpec, Layer, update
 from sinks.config import ModelConfig
 from sinks.sampling import Sampling, sample
 
@@ -54,6 +54,19 @@ def prepare(params: Params, *, stacked: bool | None = None) -> Params:
     return {**params, "blocks": blocks}
 
 
+def read(
+    config: ModelConfig, params: Params, cache: Cache, tokens_BT: jax.Array, n_B: jax.Array
+) -> tuple[jax.Array, Layer | tuple[Layer, ...]]:
+    """The last block's output [B, T, D] for T new tokens, and what `cache.update` has to write of them.
+
+    Reading and writing can be two programs (`decode_step`): in one, the compiler copies the ring to be safe.
+    """
+    x_BTD = models.family(config).embed(config, params, tokens_BT)
+    T, dtype = tokens_BT.shape[1], x_BTD.dtype
+    plan = make_plan(config, cache.spec, cache.length, cache.evicted, n_B, T, dtype)
+    return _run_blocks(config, params, cache.spec, plan, cache.layers, x_BTD)
+
+
 def hidden(
     config: ModelConfig,
     params: Params,
@@ -68,9 +81,7 @@ def hidden(
     """
     B, T = tokens_BT.shape
     n_B = jnp.full((B,), T, jnp.int32) if n_B is None else n_B
-    x_BTD = models.family(config).embed(config, params, tokens_BT)
-    plan = make_plan(config, cache.spec, cache.length, cache.evicted, n_B, T, x_BTD.dtype)
-    x_BTD, kept = _run_blocks(config, params, cache.spec, plan, cache.layers, x_BTD)
+    x_BTD, kept = read(config, params, cache, tokens_BT, n_B)
     return x_BTD, update(cache, kept, n_B)
 
 
@@ -168,7 +179,6 @@ def extend(
     return logits_BV, cache
 
 
-@partial(jax.jit, static_argnums=(0, 5), donate_argnums=2)
 def decode_step(
     config: ModelConfig,
     params: Params,
@@ -178,8 +188,19 @@ def decode_step(
     sampling: Sampling = Sampling(),
 ) -> tuple[jax.Array, Cache]:
     """Feeds one token per row and draws the next, int32 [B]. The cache is donated."""
-    x_BTD, cache = hidden(config, params, cache, token_B[:, None])
-    return sample(unembed(config, params, x_BTD)[:, 0], sampling, key), cache
+    next_B, kept = _draw(config, params, cache, token_B, key, sampling)
+    return next_B, _write(cache, kept)
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _draw(config, params, cache, token_B, key, sampling):
+    x_BTD, kept = read(config, params, cache, token_B[:, None], jnp.ones_like(token_B))
+    return sample(unembed(config, params, x_BTD)[:, 0], sampling, key), kept
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(cache: Cache, kept: Layer | tuple[Layer, ...]) -> Cache:
+    return update(cache, kept, jnp.ones_like(cache.length))
 
 
 class Generation:

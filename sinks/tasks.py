@@ -28,6 +28,18 @@ from sinks.params import Params
 from sinks.tokenizer import Tokenizer
 
 _LOGIT_TOKENS = 64  # tokens whose logits exist at a time
+_ADJECTIVES = (
+    "red old big dark cold wild quiet golden broken empty green heavy soft little warm bright narrow "
+    "hidden sweet busy wooden silver hungry gentle"
+)
+_NOUNS = (
+    "horse river table garden window bridge mountain doctor kitchen engine forest island letter market "
+    "pencil rocket saddle temple violin wagon castle candle basket hammer mirror blanket tower ship "
+    "lemon farmer"
+)
+_NAMES = tuple(
+    f"the {adjective} {noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()
+)
 
 
 class Answer(NamedTuple):
@@ -70,14 +82,18 @@ class StreamEval:
     Attributes:
       queries: questions in a text.
       every: lines between two questions.
-      distances: how many lines back questions ask, in turn; the kind of an Answer. The paper's main setting is (20,).
+      distances: how many lines back questions ask, in turn; the kind of an Answer. The paper's main setting is (20,). A
+        line that was asked before is left out for the one before it.
       digits: of a value.
+      keys: what a line is called: "lines", by its number, as in the paper; or "names", such as "the quiet river", which
+        models of 100 million parameters can tell apart, where they cannot tell numbers.
     """
 
     queries: int = 100
     every: int = 10
     distances: tuple[int, ...] = (20,)
     digits: int = 5
+    keys: str = "lines"
 
     def __post_init__(self):
         for name in ("queries", "every", "digits"):
@@ -85,25 +101,43 @@ class StreamEval:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1")
         if not self.distances or min(self.distances) < 1:
             raise ValueError(f"distances={self.distances}: at least one, each at least 1")
+        if self.keys not in ("lines", "names"):
+            raise ValueError(f"keys={self.keys!r}: 'lines' or 'names'")
+        most = len(_ADJECTIVES) * len(_NOUNS)
+        if self.keys == "names" and self.lines > most:
+            raise ValueError(
+                f"{self.lines} lines need as many names, there are {most}: ask fewer queries"
+            )
+
+    @property
+    def lines(self) -> int:
+        """Of a text."""
+        return max(self.distances) + self.every * self.queries
 
     def task(self, seed: int) -> Task:
         """One text; the same for the same seed."""
         rng = np.random.default_rng(seed)
-        writer, values = _Writer(), []
-        writer.add(
-            "Below is a record of registers. Remember the content of the register in each line.\n\n"
-        )
+        if self.keys == "lines":
+            keys = [f"in line {i}" for i in range(self.lines)]
+        else:
+            keys = [f"of {_NAMES[i]}" for i in rng.permutation(len(_NAMES))]
+        writer, values, asked = _Writer(), [], set()
+        writer.add("Below is a record. Remember the register content of each line.\n\n")
         for query in range(self.queries):
-            lines = max(self.distances) + 1 if query == 0 else self.every
+            lines = max(self.distances) + self.every if query == 0 else self.every
             for _ in range(lines):
+                writer.add(f"The register content {keys[len(values)]} is ")
                 values.append(int(rng.integers(10 ** (self.digits - 1), 10**self.digits)))
-                writer.add(f"line {len(values) - 1}: the register content is <{values[-1]}>\n")
+                writer.add(f"<{values[-1]}>.\n")
             distance = self.distances[query % len(self.distances)]
             line = len(values) - 1 - distance
-            writer.add(f"\nQuestion: what is the register content in line {line}?\n")
-            writer.add(f"Answer: line {line}: the register content is <")
+            while line in asked:  # its value stands in the answer then
+                line -= 1
+            asked.add(line)
+            writer.add(f"\nQuestion: What is the register content {keys[line]}?\n")
+            writer.add(f"Answer: The register content {keys[line]} is <")
             writer.add(str(values[line]), distance)
-            writer.add(">\n\n")
+            writer.add(">.\n\n")
         return writer.task()
 
 

@@ -31,6 +31,18 @@ def dense(x: jax.Array, w_DF: jax.Array, bias_F: jax.Array | None = None) -> jax
     return y if bias_F is None else y + bias_F.astype(y.dtype)
 
 
+def logits(params: dict, x: jax.Array, *, tied: bool) -> jax.Array:
+    """Products with "unembed" [D, V], or with "embed" [V, D] where `tied`: [..., V] in float32."""
+    if not tied:
+        return dense(x, params["unembed"])
+    w_VD = params["embed"]  # contracted as it lies: turning it round would copy it for every token
+    out = jnp.promote_types(w_VD.dtype, jnp.float32)
+    precision = None if w_VD.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.einsum(
+        "...d,vd->...v", x.astype(w_VD.dtype), w_VD, preferred_element_type=out, precision=precision
+    )
+
+
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x over its root mean square, times scale."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D.astype(x.dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sinks.config import ModelConfig
-from sinks.models.layers import Leaf, activate, dense, rms_norm
+from sinks.models.layers import Leaf, activate, dense, logits, rms_norm
 
 
 def layout(c: ModelConfig) -> dict[str, Any]:
@@ -73,5 +73,4 @@ def block(c: ModelConfig, p: dict[str, Any], x_BTD: jax.Array, attend) -> jax.Ar
 def unembed(c: ModelConfig, params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
     """Logits [B, T, V] in float32."""
     x_BTD = rms_norm(x_BTD, params["norm"], c.norm_eps)
-    w_DV = params["embed"].T if c.tie_embeddings else params["unembed"]
-    return dense(x_BTD, w_DV)
+    return logits(params, x_BTD, tied=c.tie_embeddings)

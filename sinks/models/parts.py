@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sinks.config import ModelConfig
-from sinks.models.layers import Leaf, activate, dense, layer_norm
+from sinks.models.layers import Leaf, activate, dense, layer_norm, logits
 
 Leaves = dict[str, Any]
 
@@ -107,5 +107,4 @@ def mlp(c: ModelConfig, p: Leaves, h: jax.Array) -> jax.Array:
 
 def unembed(c: ModelConfig, params: Leaves, x_BTD: jax.Array) -> jax.Array:
     """Logits [B, T, V] in float32."""
-    w_DV = params["embed"].T if c.tie_embeddings else params["unembed"]
-    return dense(norm(c, params, "norm", x_BTD), w_DV)
+    return logits(params, norm(c, params, "norm", x_BTD), tied=c.tie_embeddings)

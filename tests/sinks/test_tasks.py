@@ -16,20 +16,26 @@ from tests.sinks.checkpoints import byte_level_metadata
 TOKENIZER = tokenizer.from_gguf(byte_level_metadata())
 
 
-def test_streameval_asks_for_lines_that_were_there():
-    maker = tasks.StreamEval(queries=7, every=3, distances=(2, 5), digits=4)
+@pytest.mark.parametrize("keys", ["lines", "names"])
+@pytest.mark.parametrize("distances", [(3,), (2, 5, 4)])
+def test_streameval_asks_for_lines_that_were_there(distances, keys):
+    maker = tasks.StreamEval(queries=9, every=3, distances=distances, digits=4, keys=keys)
     text, answers = maker.task(0)
     assert maker.task(0) == (text, answers) != maker.task(1)
-    asked = list(re.finditer(r"Question: .* line (\d+)\?\nAnswer: line (\d+): .* <(\d{4})>", text))
-    assert len(asked) == len(answers) == 7
+    pattern = r"Question: .* content (.*)\?\nAnswer: The .* content (.*) is <(\d{4})>"
+    asked = list(re.finditer(pattern, text))
+    assert len(asked) == len(answers) == 9
     for i, (match, answer) in enumerate(zip(asked, answers)):
-        before = re.findall(
-            r"^line (\d+): the register content is <(\d+)>", text[: match.start()], re.M
-        )
+        lines = r"^The register content (.*) is <(\d+)>\.$"
+        before = re.findall(lines, text[: match.start()], re.M)
         line, again, value = match.groups()
         assert line == again and dict(before)[line] == value == text[answer.start : answer.stop]
-        assert int(before[-1][0]) - int(line) == answer.kind == (2, 5)[i % 2]
-        assert len(before) == 6 + 3 * i
+        assert answer.kind == distances[i % len(distances)]
+        back = len(before) - 1 - [key for key, _ in before].index(line)
+        assert back == answer.kind if len(distances) == 1 else 0 <= back - answer.kind <= 2
+    assert (
+        len({match[1] for match in asked}) == 9
+    )  # none twice: the first answer would give it away
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -124,5 +130,9 @@ def test_questions_from_files(tmp_path):
 def test_settings_that_ask_nothing_are_refused():
     with pytest.raises(ValueError, match="queries=0: at least 1"):
         tasks.StreamEval(queries=0)
+    with pytest.raises(ValueError, match="keys='words': 'lines' or 'names'"):
+        tasks.StreamEval(keys="words")
+    with pytest.raises(ValueError, match="1020 lines need as many names, there are 720"):
+        tasks.StreamEval(keys="names")
     with pytest.raises(ValueError, match=r"distances=\(0,\)"):
         tasks.StreamEval(distances=(0,))

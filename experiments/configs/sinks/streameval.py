@@ -2,8 +2,8 @@
 
   python -m experiments.launch --config=experiments/configs/sinks/streameval.py --workdir=runs/streameval
 
-Arguments: smoke; model=NAME. The paper asks Llama-2-chat about 20 lines back (23 of its tokens each); SmolLM2-135M finds
-three digits hard enough.
+Arguments: smoke; model=NAME. The paper asks 7B chat models for what stood 20 numbered lines back (keys="lines", digits=5,
+distances=(20,), queries=100). SmolLM2-135M cannot tell numbered lines apart at all, so it is asked by names.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ def get_config(arg: str = ""):
             "every": 2 if args.smoke else 10,  # lines between two questions
             "distances": (1, 2) if args.smoke else (2, 5, 10, 20, 30, 50),  # lines back, in turn
             "digits": 3,
+            "keys": "names",  # or "lines"
             "chunk": 64 if args.smoke else 512,
             "seed": 0,
         }

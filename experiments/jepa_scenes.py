@@ -1,0 +1,134 @@
+"""I-JEPA on rendered scenes, from nothing to probe: the longest part of `make reproduce`.
+
+Renders the scenes (once), pretrains on them, and probes the result next to an untrained encoder and raw pixels. Prints the
+table, draws report.png, and appends rows to seed*/results.jsonl. Interrupted, it continues where it stood.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from common.data import open_source
+from common.datasets.scenes.builder import prepare
+from common.mesh import make_mesh
+from common.results import append_row, make_row, read_rows, summarize
+from experiments import jepa_pretrain
+from experiments.configs.jepa.scenes import get_config
+from experiments.jepa_eval import encode_fn, linear_probes, pixels
+from experiments.jepa_pictures import report_picture
+from experiments.jepa_settings import resolve
+
+LABELS = ("count", "distance", "shape")
+KINDS = {"jepa": "I-JEPA", "untrained": "untrained encoder", "pixels": "raw pixels"}
+log = logging.getLogger("triptych")
+
+
+def run(workdir: Path, *, seeds: int = 1, epochs: float = 0) -> int:
+    """Trains and probes `seeds` seeds, and shows them. Returns an exit code.
+
+    Args:
+      epochs: of pretraining; 0 takes the config's.
+    """
+    data_dir = prepare_scenes(workdir)
+    for seed in range(seeds):
+        code = run_seed(seed, epochs, workdir, data_dir)
+        if code:
+            return code
+    show(workdir, data_dir)
+    return 0
+
+
+def prepare_scenes(workdir: Path) -> str:
+    """Renders the scenes unless they exist; returns the data directory."""
+    data_dir = os.environ.get("TFDS_DATA_DIR", "")
+    if not data_dir or not os.access(data_dir, os.W_OK) or not (Path(data_dir) / "scenes").exists():
+        data_dir = str(workdir.parent / "data")
+    prepare(data_dir)
+    return data_dir
+
+
+def run_seed(seed: int, epochs: float, workdir: Path, data_dir: str) -> int:
+    """Pretrains and probes one seed, and its two baselines; skips what has a row. Returns an exit code."""
+    run = workdir / f"seed{seed}"
+    config = get_config(f"seed={seed}" + (f",epochs={epochs}" if epochs else ""))
+    config.data.data_dir = data_dir
+    values = config.to_dict()
+    if not (run / "result.json").exists():
+        code = jepa_pretrain.run(values, run)
+        if code:
+            return code
+    rows = run / "results.jsonl"
+    done = {row.job for row in read_rows(rows)}
+    source, test_source = jepa_pretrain.open_sources(values)
+    settings = resolve(values, len(source))
+    mesh = make_mesh(settings.mesh)
+    for kind in ("untrained", "pixels"):
+        if f"baseline_{kind}" in done:
+            continue
+        began = time.perf_counter()
+        encode = pixels
+        if kind == "untrained":
+            encoder = settings.recipe.encoder
+            encode = encode_fn(encoder, encoder.init(jax.random.key(settings.train.seed)))
+        metrics = linear_probes(settings, mesh, encode, source, test_source, KINDS[kind])
+        append_row(
+            rows,
+            make_row(
+                job=f"baseline_{kind}",
+                config=settings.name,
+                metrics=metrics,
+                seeds=[seed],
+                steps=0,
+                wall_seconds=time.perf_counter() - began,
+                resolved=values,
+            ),
+        )
+    return 0
+
+
+def show(workdir: Path, data_dir: str) -> None:
+    """Prints and draws what the rows of all seeds say."""
+    rows = [row for path in sorted(workdir.glob("seed*/results.jsonl")) for row in read_rows(path)]
+    test = open_source("scenes", "test", data_dir)
+    labels = [test[i] for i in range(len(test))]
+    majority = {
+        name: float(np.bincount([record[name] for record in labels]).max() / len(labels))
+        for name in LABELS
+    }
+    jobs = {"jepa_pretrain": "jepa", "baseline_untrained": "untrained", "baseline_pixels": "pixels"}
+    accuracy: dict[str, dict[str, tuple[float, float]]] = {}
+    for job, kind in jobs.items():
+        chosen = [row for row in rows if row.job == job]
+        summary = {
+            name: next(iter(summarize(chosen, by="job", metric=f"linear_{name}").values()))
+            for name in LABELS
+        }
+        accuracy[kind] = {name: (s.mean, s.sd) for name, s in summary.items()}
+    table = Table(title="Linear probe on 4,000 test scenes (accuracy, %)")
+    table.add_column("features")
+    for name in LABELS:
+        table.add_column(name, justify="right")
+    for kind, title in KINDS.items():
+        table.add_row(title, *[_percent(*accuracy[kind][name]) for name in LABELS])
+    table.add_row("most frequent class", *[_percent(majority[name]) for name in LABELS])
+    Console().print(table)
+    picture = workdir / "report.png"
+    config = get_config("")
+    config.data.data_dir = data_dir
+    report_picture(picture, resolve(config.to_dict(), 20_000), test, accuracy, majority, workdir)
+    (workdir / "report.json").write_text(
+        json.dumps({"accuracy": accuracy, "majority": majority}, indent=2) + "\n"
+    )
+    log.info("drew %s", picture)
+
+
+def _percent(mean: float, spread: float = math.nan) -> str:
+    return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if math.isfinite(spread) else "")

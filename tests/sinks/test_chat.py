@@ -1,0 +1,86 @@
+"""Conversations: turns through the template, stopping, saving, and the memory that stays."""
+
+import io
+import sys
+
+import jax
+import pytest
+
+import sinks
+from sinks import chat, stream
+from sinks.cache import CacheSpec
+from sinks.sampling import Sampling
+from tests.sinks.checkpoints import byte_level_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*perplexity", "ignore:.*reach position")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    loaded = sinks.load(byte_level_folder(tmp_path_factory.mktemp("model") / "model"))
+    return loaded._replace(params=stream.prepare(loaded.params, stacked=True))
+
+
+def conversation(model, **spec):
+    return chat.Conversation(model, CacheSpec(2, 30, **spec), Sampling(1.0), jax.random.key(0))
+
+
+def test_a_conversation_outlives_its_cache(model):
+    talk = conversation(model)
+    held = jax.tree.map(lambda x: x.shape, talk.cache.layers)
+    for i in range(3):
+        assert isinstance("".join(talk.answer(f"Question {i}?", limit=20)), str)
+    assert talk.length > 2 * talk.spec.capacity
+    assert talk.forgotten == talk.length - 32
+    assert jax.tree.map(lambda x: x.shape, talk.cache.layers) == held
+
+
+def test_a_stopped_answer_is_continued_as_it_was_shown(model):
+    """Stopping after five pieces gives the stream of an answer whose limit is five."""
+    stopped, limited = conversation(model), conversation(model)
+    answer = stopped.answer("Hello")
+    shown = "".join(next(answer) for _ in range(5))
+    answer.close()
+    pieces = list(limited.answer("Hello", limit=5))
+    assert shown == "".join(pieces[:5])
+    assert stopped.length == limited.length
+    after = [list(talk.answer("And?", limit=5)) for talk in (stopped, limited)]
+    assert after[0] == after[1]
+
+
+def test_a_saved_stream_goes_on_as_if_never_left(model, tmp_path):
+    talk, other = conversation(model), conversation(model)
+    list(talk.answer("Once upon a time", limit=7))
+    talk.save(str(tmp_path / "talk"))
+    other.load(str(tmp_path / "talk"))
+    assert list(other.answer("And?", limit=7)) == list(talk.answer("And?", limit=7))
+    with pytest.raises(ValueError, match="choose a new name"):
+        talk.save(str(tmp_path / "talk"))
+    with pytest.raises(ValueError, match="no folder that /save made"):
+        talk.load(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="misshapen"):
+        larger = chat.Conversation(model, CacheSpec(2, 31), Sampling(), jax.random.key(0))
+        larger.load(str(tmp_path / "talk"))
+
+
+def test_the_program_from_start_to_quit(model, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sinks, "load", lambda name: model)
+    lines = [
+        "Hi",
+        "/save",
+        f"/save {tmp_path / 'x'}",
+        "/new",
+        f"/load {tmp_path / 'x'}",
+        "/oops",
+        "/quit",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    monkeypatch.setenv("TRIPTYCH_CACHE", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        assert chat.main(["--recent=30", "--limit=4"]) == 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    out, err = capsys.readouterr()
+    assert "tokens/s, cache" in out and "forgotten" in out and "a new stream" in out
+    assert "/save needs a folder" in err and "/oops is no command" in err
