@@ -2,7 +2,8 @@
 
   python -m experiments.launch --config=experiments/configs/metaopt/mnist_table1.py --workdir=runs/mnist_table1
 
-Arguments: smoke; seeds=N. Some rows only: --config.rows="('SGD(0.01)','SGD/SGD(0.01)')". Prepare the data with `python -m common.data prepare mnist`.
+Arguments: smoke; seeds=N. Some rows only: --config.rows="('SGD(0.01)','SGD/SGD(0.01)')".
+Prepare the data with `python -m common.data prepare mnist`.
 """
 
 from common.config import parse_arg
