@@ -5,6 +5,7 @@ from common.config import ConfigError
 from experiments import (
     jepa_pretrain,
     metaopt_job,
+    metaopt_table1,
     sinks_attention_map,
     sinks_perplexity,
     sinks_pretrain,
@@ -15,6 +16,7 @@ from experiments import (
 JOBS = {
     "jepa_pretrain": jepa_pretrain.run,
     "metaopt_grid": metaopt_job.run,
+    "metaopt_table1": metaopt_table1.run,
     "sinks_perplexity": sinks_perplexity.run,
     "sinks_speed": sinks_speed.run,
     "sinks_attention_map": sinks_attention_map.run,

@@ -30,11 +30,12 @@ class TaskSettings:
     examples: int
 
 
-def _mlp(settings: TaskSettings) -> Task:
+def mlp(settings: TaskSettings) -> Task:
+    """The paper's MLP on the images that the settings name."""
     return mlp_task(settings.data, settings.data_dir, settings.hidden, settings.examples)
 
 
-TASKS: dict[str, Callable[[TaskSettings], Task]] = {"mlp": _mlp}
+TASKS: dict[str, Callable[[TaskSettings], Task]] = {"mlp": mlp}
 
 
 def run(values: dict[str, Any], workdir: Path) -> int:

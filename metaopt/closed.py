@@ -58,24 +58,28 @@ def _adam(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
     # u = -lr (mh / D + wd w),  mh = m / c1,  vh = v / c2,  c = 1 - b^t,  S = sqrt(vh + eps_root),  D = S + eps
     lr, b1, b2, wd = h["learning_rate"], h["b1"], h["b2"], h.get("weight_decay", 0.0)
     t = jnp.maximum(leaf["t"], 1).astype(jnp.result_type(lr))
-    c1, c2 = 1 - b1**t, 1 - b2**t
-    mh, vh = leaf["m"] / c1, leaf["v"] / c2
+    # w = w_prev + u is solved for w_prev. A decay that eats most of w in one step is not told apart from w itself.
+    grow = 1 / jnp.where(lr * wd < 0.5, 1 - lr * wd, 1.0)
+    scalars = 1 / (1 - b1**t), 1 / (1 - b2**t), b1 ** (t - 1), b2 ** (t - 1), grow
+    # Without the barrier XLA's CPU compiler computes the powers anew for every element.
+    i1, i2, p1, p2, grow = jax.lax.optimization_barrier(scalars)
+    mh, vh = leaf["m"] * i1, leaf["v"] * i2
     S = jnp.sqrt(vh + h["eps_root"])
     D = S + h["eps"]
+    direction = mh / D
+    decaying = decays and "weight_decay" in h
 
     def previous_w():
-        # w = w_prev + u is solved for w_prev. A decay that eats most of w in one step is not told apart from w itself.
-        shrink = jnp.where(lr * wd < 0.5, 1 - lr * wd, 1.0)
-        return (w + lr * mh / D) / shrink
+        return (w + lr * direction) * grow
 
-    def d_lr():
-        return -mh / D - wd * previous_w() if decays and "weight_decay" in h else -mh / D
+    def d_lr():  # -direction - wd * previous_w(), with the direction once
+        return -(1 + wd * grow * lr) * direction - (wd * grow) * w if decaying else -direction
 
     def d_b1():  # m_prev - g = (m - g) / b1
-        return -(lr / D) * ((leaf["m"] - g) / (b1 * c1) + mh * t * b1 ** (t - 1) / c1)
+        return -(lr / D) * ((leaf["m"] - g) * (i1 / b1) + mh * t * p1 * i1)
 
     def d_b2():  # v_prev - g^2 = (v - g^2) / b2
-        dvh = (leaf["v"] - g * g) / (b2 * c2) + vh * t * b2 ** (t - 1) / c2
+        dvh = (leaf["v"] - g * g) * (i2 / b2) + vh * t * p2 * i2
         return jnp.where(S > 0, lr * mh / (D * D) * dvh / (2 * jnp.where(S > 0, S, 1)), 0.0)
 
     forms = {

@@ -115,42 +115,36 @@ def hyper(
         if guards.skip_nonfinite:
             signals = jax.tree.map(lambda h: jnp.where(jnp.isfinite(h), h, 0), signals)
 
-        # 2. The level above moves the hyperparameters, after the levels above it have moved its own.
-        steps, guard = guarding.normalized(guards, state.guard, signals)
-        steps, by_state = upper.update(steps, state.by, state.raw)
-        if guards.max_change:
-            steps = jax.tree.map(
-                lambda s: jnp.clip(s, -guards.max_change, guards.max_change), steps
-            )
-        raw = rule.clip(jax.tree.map(lambda r, s: (r + s).astype(r.dtype), state.raw, steps))
-
-        # 3. The base optimizer moves the parameters, with the new values.
-        step = method.step(rule, raw, state.count, grads, state.base, params, extra)
-        updates, base, memory = step.updates, step.base, step.memory
-        if guards.max_move:
-            factor = guarding.shortening(guards, rule, updates, params, axis_name)
-            updates = _times(factor, updates)
-            memory = _shorten(memory, factor)
-            raw = raw | {guards.rate: rule.learned[guards.rate].scaled(raw[guards.rate], factor)}
+        def advance() -> tuple[Any, HyperState]:
+            # 2. The level above moves the hyperparameters, after the levels above it have moved its own.
+            steps, guard = guarding.normalized(guards, state.guard, signals)
+            steps, by_state = upper.update(steps, state.by, state.raw)
+            if guards.max_change:
+                limit = guards.max_change
+                steps = jax.tree.map(lambda s: jnp.clip(s, -limit, limit), steps)
+            raw = jax.tree.map(lambda r, s: (r + s).astype(r.dtype), state.raw, steps)
             raw = rule.clip(raw)
-        if trace:
-            memory = _traced(trace, state.memory, memory, state.count)
-        new = HyperState(
-            count=state.count + 1,
-            raw=raw,
-            values=rule.values(raw, state.count),
-            signals=signals,
-            base=base,
-            by=by_state,
-            memory=memory,
-            guard=guard,
-            moved=jnp.ones((), bool),
-        )
 
-        # Guards that undo the whole step.
-        if guards.skip_nonfinite:
-            new = guarding.select(good, new, state)
-            updates = jax.tree.map(lambda u: jnp.where(good, u, 0), updates)
+            # 3. The base optimizer moves the parameters, with the new values.
+            step = method.step(rule, raw, state.count, grads, state.base, params, extra)
+            updates, memory = step.updates, step.memory
+            if guards.max_move:
+                factor = guarding.shortening(guards, rule, updates, params, axis_name)
+                updates, memory = _times(factor, updates), _shorten(memory, factor)
+                rate = guards.rate
+                raw = rule.clip(raw | {rate: rule.learned[rate].scaled(raw[rate], factor)})
+            if trace:
+                memory = _traced(trace, state.memory, memory, state.count)
+            values = rule.values(raw, state.count)
+            moved = jnp.ones((), bool)
+            return updates, HyperState(
+                state.count + 1, raw, values, signals, step.base, by_state, memory, guard, moved
+            )
+
+        def stay() -> tuple[Any, HyperState]:
+            return jax.tree.map(jnp.zeros_like, grads), state
+
+        updates, new = jax.lax.cond(good, advance, stay) if guards.skip_nonfinite else advance()
         if guards.rollback:
             jumped, back = guarding.watch_loss(guards.rollback, state.guard.rollback, value, params)
             home = guarding.back_to(back.snapshot, params, updates)
@@ -192,6 +186,7 @@ def _shorten(memory: Any, factor: jax.Array) -> Any:
 
 def _traced(trace: Trace, old: Any, new: Any, count: jax.Array) -> Any:
     def add(z, t):
-        return (trace.keep(count, z.dtype) * z + t).astype(z.dtype)
+        keep = jax.lax.optimization_barrier(jnp.asarray(trace.keep(count, z.dtype), z.dtype))
+        return (keep * z + t).astype(z.dtype)
 
     return new._replace(tangents=jax.tree.map(add, old.tangents, new.tangents))

@@ -84,7 +84,9 @@ class Rule:
         }
 
     def values(self, raw: Values, count: jax.Array) -> Values:
-        return {name: spec.value(raw[name], count) for name, spec in self.learned.items()}
+        values = {name: spec.value(raw[name], count) for name, spec in self.learned.items()}
+        # Without the barrier XLA's CPU compiler computes exp(raw) anew for every element of the model.
+        return jax.lax.optimization_barrier(values)
 
     def clip(self, raw: Values) -> Values:
         """Into the bounds."""

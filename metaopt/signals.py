@@ -210,7 +210,15 @@ def pack_sum(signals: Values, axis_name: Any) -> Values:
 
 
 def _dot(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.sum(a.astype(dtype) * b.astype(dtype))
+    return total(a.astype(dtype) * b.astype(dtype))
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum of an array. XLA's CPU compiler adds one number at a time, but multiplies matrices in vectors."""
+    if x.ndim == 0:
+        return x
+    ones = jnp.ones(x.shape[-1], x.dtype)
+    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.sum(x @ ones), default=jnp.sum)
 
 
 def _reads_params(rule: Rule) -> bool:

@@ -1,0 +1,188 @@
+"""What learning a rate costs: train steps of an MLP of 10 M parameters, batch 256, in pairs with plain optax (figure 4f).
+
+  python -m experiments.bench.metaopt_overhead [--rounds=40] [--contenders=adamw,level1,level3,level50,auto] [--write]
+  python -m experiments.bench.metaopt_overhead --original     # the original package over torch Adam; needs the `peers` extra
+
+Contenders take turns step by step in one process, so that whatever else the machine does hits all of them; the ratio is the
+median over rounds of each contender's step to the plain step of the same round, with its quartiles.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WIDTHS, BATCH = (784, 2048, 2048, 2048, 10), 256
+RESULTS = Path(__file__).parents[1] / "results" / "metaopt_overhead.jsonl"
+
+
+def contenders() -> dict[str, Any]:
+    import optax
+
+    import metaopt
+    from metaopt import hyper, learn
+
+    def tower(height: int):
+        by = optax.sgd(0.02)
+        for _ in range(height - 1):
+            by = hyper(optax.adam, learning_rate=learn(0.02), by=by)
+        return hyper(optax.adamw, learning_rate=learn(1e-3), by=by)
+
+    return {
+        "adamw": optax.adamw(1e-3),
+        "level1": tower(1),
+        "level3": tower(3),
+        "level50": tower(50),
+        "auto": metaopt.auto(optax.adamw),
+    }
+
+
+def ours(names: list[str], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each step by contender, and bytes of optimizer state."""
+    from common.host import keep_freed_memory
+
+    keep_freed_memory()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((BATCH, WIDTHS[0])), jnp.float32)
+    y = jnp.asarray(rng.integers(0, WIDTHS[-1], BATCH))
+    params = [
+        jnp.asarray(rng.standard_normal((n, m)) / n**0.5, jnp.float32)
+        for n, m in itertools.pairwise(WIDTHS)
+    ]
+
+    def loss(params):
+        h = x
+        for w in params[:-1]:
+            h = jax.nn.relu(h @ w)
+        return optax.softmax_cross_entropy_with_integer_labels(h @ params[-1], y).mean()
+
+    steps, states, sizes = {}, {}, {}
+    for name in names:
+        tx = contenders()[name]
+
+        def step(params, state, tx=tx):
+            grads = jax.grad(loss)(params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        states[name] = jax.tree.map(jnp.copy, (params, tx.init(params)))
+        sizes[name] = sum(s.nbytes for s in jax.tree.leaves(states[name][1]))
+        began = time.perf_counter()
+        steps[name] = jax.jit(step, donate_argnums=(0, 1)).lower(*states[name]).compile()
+        print(f"compiled {name} in {time.perf_counter() - began:.1f} s", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds + 3):
+        for name in names if i % 2 else reversed(names):
+            began, used = time.perf_counter(), time.process_time()
+            states[name] = jax.block_until_ready(steps[name](*states[name]))
+            if i >= 3:
+                seconds[name].append(time.perf_counter() - began)
+                cpu[name].append(time.process_time() - used)
+    for name in names[1:]:
+        ratio = statistics.median(a / b for a, b in zip(cpu[name], cpu[names[0]]))
+        print(
+            f"{name}: {ratio:.3f} of the CPU time (all threads), which what else runs here does not change"
+        )
+    return seconds, sizes
+
+
+def original(rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """The original package's Adam / SGD against torch's Adam, as its README says to use it (create_graph)."""
+    import torch
+    from gradient_descent_the_ultimate_optimizer import gdtuo
+
+    torch.set_num_threads(2)
+
+    def net() -> Any:
+        layers: list[Any] = []
+        for n, m in itertools.pairwise(WIDTHS):
+            layers += [torch.nn.Linear(n, m, bias=False), torch.nn.ReLU()]
+        return torch.nn.Sequential(*layers[:-1])
+
+    x, y = torch.randn(BATCH, WIDTHS[0]), torch.randint(0, WIDTHS[-1], (BATCH,))
+    plain = net()
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-3)
+
+    def plain_step() -> None:
+        adam.zero_grad()
+        torch.nn.functional.cross_entropy(plain(x), y).backward()
+        adam.step()
+
+    wrapped = gdtuo.ModuleWrapper(net(), optimizer=gdtuo.Adam(1e-3, optimizer=gdtuo.SGD(1e-5)))
+    wrapped.initialize()
+
+    def tower_step() -> None:
+        wrapped.begin()
+        loss = torch.nn.functional.cross_entropy(wrapped.forward(x), y)
+        wrapped.zero_grad()
+        loss.backward(create_graph=True)
+        wrapped.step()
+
+    seconds: dict[str, list[float]] = {"torch_adam": [], "gdtuo": []}
+    runs: dict[str, Callable[[], None]] = {"torch_adam": plain_step, "gdtuo": tower_step}
+    for i in range(rounds + 2):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds, {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--contenders", default="adamw,level1,level3,auto")
+    parser.add_argument("--original", action="store_true")
+    parser.add_argument("--write", action="store_true", help=f"append a row to {RESULTS.name}")
+    args = parser.parse_args(argv)
+    names = args.contenders.split(",")
+    seconds, sizes = original(args.rounds) if args.original else ours(names, args.rounds)
+    reference = next(iter(seconds))
+    metrics = {f"seconds_{reference}": statistics.median(seconds[reference])}
+    print(
+        f"{reference}: {1000 * metrics[f'seconds_{reference}']:.1f} ms a step, {args.rounds} rounds"
+    )
+    for name in list(seconds)[1:]:
+        ratios = [a / b for a, b in zip(seconds[name], seconds[reference])]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        fastest = min(seconds[name]) / min(seconds[reference])
+        metrics |= {f"ratio_{name}": middle, f"ratio_low_{name}": low, f"ratio_high_{name}": high}
+        metrics[f"ratio_fastest_{name}"] = fastest
+        extra = f"; {(sizes[name] - sizes[reference]) / 1e6:+.3f} MB of state" if sizes else ""
+        print(
+            f"{name}: {middle:.3f} [{low:.3f}, {high:.3f}] of it; fastest steps {fastest:.3f}{extra}"
+        )
+        if sizes:
+            metrics[f"extra_bytes_{name}"] = float(sizes[name] - sizes[reference])
+    if args.write:
+        from common.results import append_row, make_row
+
+        row = make_row(
+            job="metaopt_overhead",
+            config="metaopt_overhead",
+            arg="original" if args.original else args.contenders,
+            metrics=metrics,
+            seeds=[0],
+            steps=args.rounds,
+            wall_seconds=sum(map(sum, seconds.values())),
+        )
+        append_row(RESULTS, row)
+        print(f"wrote row {row.id}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Job "metaopt_table1": every row of Table 1, and each tower's rerun with the hyperparameters it ended at (section 3.1)."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optax
+from rich.console import Console
+from rich.table import Table
+
+from common.config import ConfigError, build
+from common.results import append_row, make_row, read_rows
+from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
+from experiments.metaopt_job import TaskSettings, mlp
+from metaopt import paper
+
+log = logging.getLogger("triptych")
+Make = Callable[[], optax.GradientTransformation]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a name, epochs, the tower (None above: fixed), and the plain optimizer that its learned values set.
+
+    `paper` and `paper_rerun` are the printed test errors in percent, for the table.
+    """
+
+    name: str
+    epochs: int
+    make: Make
+    rerun: Callable[[dict[str, float]], optax.GradientTransformation] | None
+    paper: float
+    paper_rerun: float | None = None
+
+
+def _sgd(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.sgd(h["learning_rate"])
+
+
+def _adagrad(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.adagrad(h["learning_rate"])
+
+
+def _adam(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.adam(h["learning_rate"], h.get("b1", 0.9), h.get("b2", 0.999))
+
+
+def _rmsprop(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.rmsprop(h["learning_rate"], h.get("decay", 0.99))
+
+
+def _rms(by: optax.GradientTransformation, both: bool) -> optax.GradientTransformation:
+    return paper.rmsprop(0.01, 0.99, by=by, learn_decay=both)
+
+
+ROWS = [
+    Row("SGD(0.01)", 30, lambda: paper.sgd(0.01), None, 8.99),
+    Row("SGD/SGD(0.01)", 30, lambda: paper.sgd(0.01, by=paper.sgd(0.01)), _sgd, 4.81, 5.44),
+    Row("SGD/Adam(0.1)", 30, lambda: paper.sgd(0.01, by=paper.adam(0.1)), _sgd, 4.86, 2.80),
+    Row("SGD/AdaGrad(0.01)", 30, lambda: paper.sgd(0.01, by=paper.adagrad(0.01)), _sgd, 4.85, 5.17),
+    Row("SGD/RMSProp(0.1)", 30, lambda: paper.sgd(0.01, by=paper.rmsprop(0.1)), _sgd, 4.52, 2.52),
+    Row("Adam(0.001)", 5, lambda: paper.adam(1e-3), None, 4.67),
+    Row("Adam/SGD(1e-5)", 5, lambda: paper.adam(1e-3, by=paper.sgd(1e-5)), _adam, 3.03, 3.11),
+    Row("Adam-alpha/SGD(1e-5)", 5, lambda: paper.adam_baydin(1e-3, by=paper.sgd(1e-5)), _adam, 3.12, 3.47),
+    Row("Adam/Adam", 5, lambda: paper.adam(1e-3, by=paper.adam(1e-3)), _adam, 3.05, 3.24),
+    Row("Adam-alpha/Adam", 5, lambda: paper.adam_baydin(1e-3, by=paper.adam(1e-3)), _adam, 3.04, 3.08),
+    Row("AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01), None, 7.40),
+    Row("AdaGrad/SGD(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.sgd(0.01)), _adagrad, 6.90, 7.75),
+    Row("AdaGrad/AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.adagrad(0.01)), _adagrad, 5.03, 6.67),
+    Row("RMSProp(0.01)", 5, lambda: paper.rmsprop(0.01), None, 4.19),
+    Row("RMSProp-alpha/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), False), _rmsprop, 3.55, 3.93),
+    Row("RMSProp-alpha,gamma/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), True), _rmsprop, 3.33, 3.25),
+    Row("RMSProp-alpha/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), False), _rmsprop, 3.42, 3.60),
+    Row("RMSProp-alpha,gamma/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), True), _rmsprop, 2.96, 3.65),
+]  # fmt: skip
+
+
+def run(values: dict[str, Any], workdir: Path) -> int:
+    """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
+    settings = build(TaskSettings, values["task"], "config.task.")
+    spec = build(GridSpec, values["grid"], "config.grid.")
+    try:
+        task = mlp(settings)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    known = {row.name: row for row in ROWS}
+    if unknown := [name for name in values["rows"] if name not in known]:
+        raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
+    chosen = [known[name] for name in values["rows"]] or ROWS
+    for row in chosen:
+        learned = _train(task, row.name, row.make, row, spec, workdir, values)
+        if row.rerun is not None:
+            rerun = row.rerun
+            _train(
+                task,
+                f"{row.name}, rerun",
+                lambda h=learned, r=rerun: r(h),
+                row,
+                spec,
+                workdir,
+                values,
+            )
+    _show(chosen, workdir)
+    return 0
+
+
+def _train(
+    task: Task,
+    name: str,
+    make: Make,
+    row: Row,
+    spec: GridSpec,
+    workdir: Path,
+    values: dict[str, Any],
+) -> dict[str, float]:
+    """Trains one line over the seeds unless it is done; returns the mean learned values of its lowest level."""
+    path = workdir / "results.jsonl"
+    done = {r.overrides["row"]: r.metrics for r in read_rows(path)}
+    if name not in done:
+        epochs = min(row.epochs, spec.epochs)
+        own = GridSpec(epochs, spec.batch, (1.0,), spec.seeds, spec.save_every)
+        began = time.perf_counter()
+        folder = workdir / name.replace("/", "-").replace(" ", "")
+        metrics = summary(run_grid(task, Method(name, lambda rate: make()), own, folder))
+        append_row(
+            path,
+            make_row(
+                job="metaopt_table1",
+                config=values["name"],
+                metrics=metrics,
+                seeds=spec.seeds,
+                steps=epochs * (len(task.train["x"]) // spec.batch),
+                wall_seconds=time.perf_counter() - began,
+                resolved=values,
+                overrides={"row": name},
+            ),
+        )
+        done[name] = metrics
+        log.info("%s: %.2f %%", name, 100 * metrics["error"])
+    prefix = "learned/"
+    return {k.removeprefix(prefix): v for k, v in done[name].items() if k.startswith(prefix)}
+
+
+def _show(rows: list[Row], workdir: Path) -> None:
+    done = {r.overrides["row"]: r.metrics for r in read_rows(workdir / "results.jsonl")}
+    table = Table(title="Table 1: test error (%), mean ± sd over seeds [the paper's]")
+    for column in ("optimizer", "ours", "paper", "learned", "rerun", "paper's rerun"):
+        table.add_column(column, justify="left" if column in ("optimizer", "learned") else "right")
+    for row in rows:
+        metrics, again = done[row.name], done.get(f"{row.name}, rerun")
+        learned = ", ".join(
+            f"{v:.4g}" for k, v in metrics.items() if k.startswith("learned/") and "by/" not in k
+        )
+        table.add_row(
+            row.name, _percent(metrics), f"{row.paper:.2f}", learned,
+            _percent(again) if again else "", f"{row.paper_rerun:.2f}" if row.paper_rerun else "",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _percent(metrics: dict[str, float]) -> str:
+    spread = metrics.get("error_sd")
+    return f"{100 * metrics['error']:.2f}" + (
+        f" ± {100 * spread:.2f}" if spread is not None else ""
+    )

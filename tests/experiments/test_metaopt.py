@@ -1,0 +1,112 @@
+"""The metaopt jobs on the embedded digits: configs build, grids resume to the same numbers, rows and pictures appear."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+import jax
+import numpy as np
+import pytest
+
+import experiments.configs.metaopt as folder
+from common.config import ConfigError
+from common.results import read_rows
+from experiments import metaopt_digits, metaopt_job, metaopt_table1
+from experiments.jobs import JOBS
+from experiments.metaopt_grid import GridSpec, Method, run_grid
+from experiments.metaopt_methods import METHODS
+from experiments.metaopt_mlp import mlp_task
+
+CONFIGS = sorted(name for _, name, _ in pkgutil.iter_modules(folder.__path__) if name != "base")
+SPEC = GridSpec(epochs=2, batch=64, rates=(1e-3, 1.0), seeds=(0, 1), save_every=1)
+
+
+def config(name: str, arg: str = "") -> dict:
+    return importlib.import_module(f"experiments.configs.metaopt.{name}").get_config(arg).to_dict()
+
+
+@pytest.fixture(scope="module")
+def task():
+    return mlp_task("digits", hidden=8, examples=256)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_size_builds(name):
+    values = config(name)
+    assert values["name"] == name and values["job"] in JOBS
+    methods, spec, settings = metaopt_job.resolve(values)
+    assert settings.data == "mnist" and spec.epochs >= 5
+    if values["job"] == "metaopt_grid":
+        assert len(methods) >= 5 and min(spec.rates) <= 1e-7 and max(spec.rates) >= 10
+
+
+def test_a_stopped_grid_continues_to_the_same_numbers(task, tmp_path):
+    method = METHODS["auto(sgd)"]
+    whole = run_grid(task, method, SPEC, tmp_path / "whole")
+    run_grid(task, method, dataclasses.replace(SPEC, epochs=1), tmp_path / "parts")
+    parts = run_grid(task, method, SPEC, tmp_path / "parts")
+    assert whole == parts and run_grid(task, method, SPEC, tmp_path / "parts") == whole
+    assert [(c.seed, c.rate) for c in whole] == [(0, 1e-3), (0, 1.0), (1, 1e-3), (1, 1.0)]
+    assert all(c.finite and 0 <= c.scores["error"] <= 1 for c in whole)
+
+
+@pytest.mark.slow
+def test_a_cell_is_the_run_it_would_be_alone(task, tmp_path):
+    """Neither the other rates nor the other seeds of a grid change a run."""
+    one = dataclasses.replace(SPEC, rates=(1.0,), seeds=(1,))
+    for name in ("adam", "tower1(sgd)"):
+        grid = run_grid(task, METHODS[name], SPEC, tmp_path / name)
+        alone = run_grid(task, METHODS[name], one, tmp_path / f"{name}-alone")
+        assert grid[3].train_loss == pytest.approx(alone[0].train_loss, rel=1e-4)
+
+
+def test_divergence_is_seen(task, tmp_path):
+    broken = Method("broken", lambda rate: jax_nan(), in_state=False)
+    (cell,) = run_grid(task, broken, GridSpec(1, 64, (1.0,)), tmp_path)
+    assert not cell.finite
+
+
+def jax_nan():
+    import optax
+
+    return optax.GradientTransformation(
+        lambda params: (),
+        lambda grads, state, params=None: (jax.tree.map(lambda g: g * np.nan, grads), state),
+    )
+
+
+@pytest.mark.slow
+def test_the_job_writes_rows_once(tmp_path, capsys):
+    values = config("mnist_towers", "smoke")
+    for _ in range(2):
+        assert metaopt_job.run(values, tmp_path) == 0
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [(r.overrides["method"], r.overrides["initial_rate"]) for r in rows] == [
+        (m, rate) for m in values["methods"] for rate in values["grid"]["rates"]
+    ]
+    assert "auto(sgd)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_table_1_reruns_each_tower_with_what_it_learned(tmp_path, capsys):
+    assert metaopt_table1.run(config("mnist_table1", "smoke"), tmp_path) == 0
+    names = [row.overrides["row"] for row in read_rows(tmp_path / "results.jsonl")]
+    assert names == ["SGD(0.01)", "SGD/SGD(0.01)", "SGD/SGD(0.01), rerun"]
+    assert "5.44" in capsys.readouterr().out  # the paper's, beside it
+
+
+@pytest.mark.slow
+def test_digits_draws_its_picture(tmp_path):
+    spec = dataclasses.replace(
+        metaopt_digits.SPEC, epochs=1, seeds=(0,), rates=(1e-2, 1.0), save_every=1
+    )
+    rows = metaopt_digits.run(tmp_path, ("sgd", "auto(sgd)"), spec)
+    assert len(rows) == 4 and (tmp_path / "metaopt_digits.png").stat().st_size > 10_000
+
+
+def test_unknown_method_and_setting():
+    values = config("robustness", "smoke")
+    with pytest.raises(ConfigError, match=r"has 'adm'; known: sgd, auto\(sgd\)"):
+        metaopt_job.resolve({**values, "methods": ("adm",)})
+    with pytest.raises(ConfigError, match=r"rates=\(-1\.0,\) must be positive"):
+        metaopt_job.resolve({**values, "grid": {**values["grid"], "rates": (-1.0,)}})
