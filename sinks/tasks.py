@@ -103,10 +103,9 @@ class StreamEval:
             raise ValueError(f"distances={self.distances}: at least one, each at least 1")
         if self.keys not in ("lines", "names"):
             raise ValueError(f"keys={self.keys!r}: 'lines' or 'names'")
-        most = len(_ADJECTIVES) * len(_NOUNS)
-        if self.keys == "names" and self.lines > most:
+        if self.keys == "names" and self.lines > len(_NAMES):
             raise ValueError(
-                f"{self.lines} lines need as many names, there are {most}: ask fewer queries"
+                f"{self.lines} lines need as many names, there are {len(_NAMES)}: ask fewer queries"
             )
 
     @property
