@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import sinks
+from common.mesh import MeshSpec, make_mesh
 from sinks import hub, loading, params, stream, tokenizer
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
@@ -139,6 +140,19 @@ def test_names_that_lead_nowhere(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"notes\.txt is no GGUF file: it begins with b'hell'"):
         sinks.load(tmp_path / "notes.txt")
+
+
+def test_a_model_is_spread_over_a_mesh(tmp_path):
+    folder = save(tmp_path, LLAMA, tensors(LLAMA))
+    _, whole = loading.load_weights(folder)
+    mesh = make_mesh(MeshSpec(replica=1, fsdp=4, tensor=2))
+    _, spread = loading.load_weights(folder, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, spread, whole)
+    shard = spread["blocks"]["q"].addressable_shards[0].data
+    assert shard.shape == (2, D // 4, H * K // 2)
+    save(tmp_path, {**LLAMA, "num_key_value_heads": 1}, {})
+    with pytest.raises(ValueError, match="blocks/k"):
+        loading.load_weights(folder, mesh=make_mesh(MeshSpec(replica=1, fsdp=1, tensor=8)))
 
 
 def test_a_known_name_is_fetched(tmp_path, monkeypatch):
