@@ -97,8 +97,8 @@ def test_a_folder_and_the_gguf_made_from_it_are_one_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, folder.params, file.params)
     ids = folder.tokenizer.encode("the 12 é")
     assert ids == file.tokenizer.encode("the 12 é")
-    assert (file.tokenizer.bos_id, file.tokenizer.eos_ids) == (1, {2})
-    assert (folder.tokenizer.bos_id, folder.tokenizer.eos_ids) == (1, {2})
+    assert (file.tokenizer.bos_id, file.tokenizer.eos_ids) == (1, (2,))
+    assert (folder.tokenizer.bos_id, folder.tokenizer.eos_ids) == (1, (2,))
     same = ("family", "vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "rope_theta")
     for name in (*same, "mlp_dim", "rope_fraction", "tie_embeddings", "attention_bias"):
         assert getattr(folder.config, name) == getattr(file.config, name), name
