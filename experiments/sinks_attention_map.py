@@ -15,12 +15,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from rich.progress import track
 
 from common.config import ConfigError, build
 from experiments.sinks_job import begin, finish, open_model, open_tokens
 from sinks.cache import CacheSpec
 from sinks.maps import Maps, attention_maps, sink_share
+from sinks.progress import track
 
 log = logging.getLogger("triptych")
 AT_ONCE = 4  # texts per forward pass
@@ -63,7 +63,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     began = begin(workdir, values)
 
     total, batches = None, np.array_split(tokens_BT, -(-len(tokens_BT) // AT_ONCE))
-    for batch in track(batches, "attention", transient=True):
+    for batch in track(batches, "attention"):
         maps = attention_maps(model.config, model.params, spec, jnp.asarray(batch))
         weighed = [np.asarray(x, np.float64) * len(batch) / len(tokens_BT) for x in maps]
         total = weighed if total is None else [a + b for a, b in zip(total, weighed)]

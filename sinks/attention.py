@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sinks import kernel
 from sinks.cache import CacheSpec, Layer, decode_kv, encode_kv, write_sinks
 from sinks.config import ModelConfig
 from sinks.positions import (
@@ -136,9 +137,51 @@ def attend(
             parts.append((q_recent[:, :, :, rows], cut))
         return _softmax_mix(parts, plan.t[:, rows], plan.evicted[:, rows], S, bias)
 
-    mixed = [block(i, min(i + QUERY_BLOCK, T)) for i in range(0, T, QUERY_BLOCK)]
-    mixed_BGQTK = jnp.concatenate(mixed, 3) if len(mixed) > 1 else mixed[0]
+    def in_blocks() -> jax.Array:
+        mixed = [block(i, min(i + QUERY_BLOCK, T)) for i in range(0, T, QUERY_BLOCK)]
+        return jnp.concatenate(mixed, 3) if len(mixed) > 1 else mixed[0]
+
+    def on_tpu() -> jax.Array:
+        first, rest = sinks, recent[0]
+        if T == 1 and layer is not None:
+            # The ring is not copied to put the new token beside it: the token joins the sinks, at their rotation.
+            k_here = rotate(k_BTGK, plan.sink).swapaxes(1, 2).astype(stored)
+            j = jnp.broadcast_to(sinks.j, (len(new.j), sinks.j.shape[1]))
+            pairs = (sinks.k, k_here, 2), (sinks.v, new.v, 2), (j, new.j, 1)
+            first = Keys(*(jnp.concatenate((a, b), axis) for a, b, axis in pairs))
+        return _kernel(q_sink, q_recent, first, rest, plan, S, bias)
+
+    if _kernel_fits(spec, layer):
+        mixed_BGQTK = jax.lax.platform_dependent(tpu=on_tpu, default=in_blocks)
+    else:
+        mixed_BGQTK = in_blocks()
     return mixed_BGQTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape), kept
+
+
+def _kernel_fits(spec: CacheSpec, layer: Layer | None) -> bool:
+    """Whether sinks/kernel.py computes this on a TPU: no gradients, no 8 bits, no mesh to partition over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return layer is not None and not spec.int8 and spec.dtype != "float64" and mesh.empty
+
+
+def _kernel(
+    q_sink: jax.Array,
+    q_recent: jax.Array,
+    sinks: Keys,
+    recent: Keys,
+    plan: Plan,
+    S: int,
+    bias: Bias,
+    **options,
+) -> jax.Array:
+    B, G, Q, T, _ = q_recent.shape
+    slopes = jnp.zeros(G * Q) if bias.slopes is None else bias.slopes
+    no_key = jnp.full(G * Q, -jnp.inf) if bias.no_key is None else bias.no_key
+    sinks = sinks._replace(j=jnp.broadcast_to(sinks.j, (B, sinks.j.shape[1])))
+    per_head = (x.astype(jnp.float32).reshape(G, Q) for x in (slopes, no_key))
+    return kernel.mix(
+        q_sink, q_recent, *sinks, *recent, plan.t, plan.evicted, *per_head, sinks=S, **options
+    )
 
 
 def _softmax_mix(

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import track
 
 from sinks import params as layouts
 from sinks.config import ModelConfig
+from sinks.progress import track
 from sinks.weights import Tensor
 
 
@@ -152,7 +152,7 @@ def model_params(
             f"these weights do not fit the {config.family} model that their config describes\n  "
             + "\n  ".join(problems[:40] + more)
         )
-    for tensor, views, kernel in track(plan, "reading weights", transient=True):
+    for tensor, views, kernel in track(plan, "reading weights"):
         value = tensor.read()
         parts = names.split(value, config) if names.split and len(views) > 1 else [value]
         for view, part in zip(views, parts, strict=True):

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sinks import convert, gguf_file, hf_config, hub, stream, tokenizer, weights
+from sinks import params as layouts
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
 from sinks.params import Params
@@ -44,7 +46,13 @@ class Model(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(name_or_path: str | Path, *, dtype: Any = "float32", check: bool = True) -> Model:
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: Any = "float32",
+    check: bool = True,
+    mesh: Mesh | None = None,
+) -> Model:
     """Loads a model with its tokenizer.
 
     Args:
@@ -52,13 +60,15 @@ def load(name_or_path: str | Path, *, dtype: Any = "float32", check: bool = True
         model on the Hugging Face hub, "owner/name" or "owner/name@revision".
       dtype: of the parameters: "float32", or "bfloat16" for half the memory.
       check: whether the model reads a paragraph first (see `check_reading`).
+      mesh: spreads the parameters over these devices (`params.RULES`), one array after the other.
 
     Raises:
-      ValueError: the path holds no model that can be loaded, or its weights are not what their config says.
+      ValueError: the path holds no model that can be loaded, its weights are not what their config says, or the mesh
+        does not divide them.
       OSError: what must be downloaded cannot be.
     """
     path = _locate(name_or_path)
-    config, params, text = _read(path, dtype)
+    config, params, text = _read(path, dtype, mesh)
     if text.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: its tokenizer knows {text.vocab_size} tokens, its weights {config.vocab_size}: they do not "
@@ -69,10 +79,12 @@ def load(name_or_path: str | Path, *, dtype: Any = "float32", check: bool = True
     return Model(config, params, text)
 
 
-def load_weights(path: str | Path, *, dtype: Any = "float32") -> tuple[ModelConfig, Params]:
+def load_weights(
+    path: str | Path, *, dtype: Any = "float32", mesh: Mesh | None = None
+) -> tuple[ModelConfig, Params]:
     """Config and parameters of a .gguf file or a safetensors folder, which needs no tokenizer."""
     config, tensors, _ = _open(Path(path))
-    return config, _params(config, tensors, dtype)
+    return config, _params(config, tensors, dtype, mesh)
 
 
 def _locate(name_or_path: str | Path) -> Path:
@@ -105,24 +117,27 @@ def _open(path: Path) -> tuple[ModelConfig, dict[str, weights.Tensor], gguf_file
     return config, gguf_file.llama_tensors(file, config), file
 
 
-def _params(config: ModelConfig, tensors: dict[str, weights.Tensor], dtype: Any) -> Params:
+def _params(
+    config: ModelConfig, tensors: dict[str, weights.Tensor], dtype: Any, mesh: Mesh | None
+) -> Params:
+    where = layouts.param_shardings(config, mesh) if mesh is not None else None
     params = convert.model_params(tensors, config, jnp.dtype(dtype))
     leaves, treedef = jax.tree.flatten(params)
+    places = jax.tree.leaves(where) if where is not None else [None] * len(leaves)
     del params
-    for i, leaf in enumerate(leaves):  # one at a time: two copies of the whole may not fit
-        leaves[i] = jnp.asarray(leaf)
-        del leaf
+    for i, place in enumerate(places):  # one at a time: two copies of the whole may not fit
+        leaves[i] = jax.device_put(jnp.asarray(leaves[i]) if place is None else leaves[i], place)
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _read(path: Path, dtype: Any) -> tuple[ModelConfig, Params, Tokenizer]:
+def _read(path: Path, dtype: Any, mesh: Mesh | None) -> tuple[ModelConfig, Params, Tokenizer]:
     config, tensors, file = _open(path)
     folder = path if path.is_dir() else path.parent
     if file is None or (folder / "tokenizer.json").is_file():
         text = tokenizer.from_folder(folder)
     else:
         text = tokenizer.from_gguf(file.metadata)
-    return config, _params(config, tensors, dtype), text
+    return config, _params(config, tensors, dtype, mesh), text
 
 
 def check_reading(config: ModelConfig, params: Params, text: Tokenizer, where: str = "") -> float:

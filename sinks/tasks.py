@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 from sinks import cache as caches
 from sinks import stream
 from sinks.cache import Cache, CacheSpec
 from sinks.config import ModelConfig
 from sinks.params import Params
+from sinks.progress import track
 from sinks.tokenizer import Tokenizer
 
 _LOGIT_TOKENS = 64  # tokens whose logits exist at a time
@@ -103,10 +103,9 @@ class StreamEval:
             raise ValueError(f"distances={self.distances}: at least one, each at least 1")
         if self.keys not in ("lines", "names"):
             raise ValueError(f"keys={self.keys!r}: 'lines' or 'names'")
-        most = len(_ADJECTIVES) * len(_NOUNS)
-        if self.keys == "names" and self.lines > most:
+        if self.keys == "names" and self.lines > len(_NAMES):
             raise ValueError(
-                f"{self.lines} lines need as many names, there are {most}: ask fewer queries"
+                f"{self.lines} lines need as many names, there are {len(_NAMES)}: ask fewer queries"
             )
 
     @property
@@ -265,7 +264,7 @@ def greedy_hits(
         padded_BN[b, : len(row)] = row
     cache = caches.init(config, spec, len(rows), stacked=True)
     hits_BN = np.zeros(padded_BN.shape, bool)
-    for at in track(range(0, lengths.max(), chunk), what, transient=True, disable=not what):
+    for at in track(range(0, lengths.max(), chunk), what):
         n_B = np.clip(lengths - at, 0, chunk).astype(np.int32)
         tokens_BT, next_BT = padded_BN[:, at : at + chunk], padded_BN[:, at + 1 : at + chunk + 1]
         hit_BT, cache = _hits_chunk(config, params, cache, tokens_BT, next_BT, n_B)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
+from sinks.progress import track
 from sinks.tokenizer import Tokenizer
 
 
@@ -64,5 +64,5 @@ def tokens(
 ) -> list[np.ndarray]:
     """The token ids of each document, int32 [N], with the tokenizer's first token in front where it has one and `bos`."""
     start = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-    whole = track(texts, "tokenizing", transient=True, disable=len(texts) < 2)
+    whole = track(texts, "tokenizing" if len(texts) > 1 else "")
     return [np.asarray([*start, *tokenizer.encode(document.text)], np.int32) for document in whole]

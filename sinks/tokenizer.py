@@ -49,13 +49,13 @@ class Tokenizer:
     Attributes:
       backend: the tokenizers package's object.
       bos_id: the token that begins a text, None where there is none.
-      eos_ids: the tokens that end an answer.
+      eos_ids: the tokens that end an answer, the one that templates call eos_token first.
       chat_template: the Jinja template that came with the weights, "" where none did.
     """
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
-    eos_ids: frozenset[int] = frozenset()
+    eos_ids: tuple[int, ...] = ()
     chat_template: str = ""
 
     @property
@@ -92,7 +92,7 @@ class Tokenizer:
                 messages=list(messages),
                 add_generation_prompt=answer,
                 bos_token=self._token(self.bos_id),
-                eos_token=self._token(min(self.eos_ids, default=None)),
+                eos_token=self._token(next(iter(self.eos_ids), None)),
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
@@ -194,8 +194,12 @@ def from_folder(folder: str | Path) -> Tokenizer:
         return None if value is None else backend.token_to_id(value)
 
     ends = _json(folder / "generation_config.json").get("eos_token_id") or []
-    ends = {token("eos_token"), *(ends if isinstance(ends, list) else [ends])} - {None}
-    return Tokenizer(backend, token("bos_token"), frozenset(ends), template)
+    ends = _unique(token("eos_token"), *(ends if isinstance(ends, list) else [ends]))
+    return Tokenizer(backend, token("bos_token"), ends, template)
+
+
+def _unique(*ids: int | None) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -230,12 +234,9 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             backend.add_special_tokens([added])
         elif type_ == _USER_DEFINED:
             backend.add_tokens([added])
-    eos = get("eos_token_id")
+    ends = _unique(*(get(f"{kind}_token_id") for kind in ("eos", "eot", "eom")))
     return Tokenizer(
-        backend,
-        get("bos_token_id"),
-        frozenset() if eos is None else frozenset([eos]),
-        metadata.get("tokenizer.chat_template", ""),
+        backend, get("bos_token_id"), ends, metadata.get("tokenizer.chat_template", "")
     )
 
 

@@ -10,6 +10,7 @@ from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.writers import read_rows
 from experiments import sinks_perplexity
 from experiments.configs.sinks.perplexity import get_config
+from sinks import perplexity
 from tests.sinks.checkpoints import byte_level_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*perplexity", "ignore:.*reach position")
@@ -46,6 +47,27 @@ def test_a_stream_stopped_in_the_middle_goes_on_there(tmp_path, monkeypatch):
     assert sinks_perplexity.run(values, tmp_path / "parts") == EXIT_PREEMPTED
     monkeypatch.undo()
     assert not (tmp_path / "parts" / "sinks_2+14" / "result.json").exists()
+    assert sinks_perplexity.run(values, tmp_path / "parts") == 0
+    assert metrics(tmp_path / "parts" / "sinks_2+14") == metrics(tmp_path / "whole" / "sinks_2+14")
+
+
+def test_a_killed_stream_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    """Killed two chunks after a save: those are computed again, and the rows are those of a run left alone."""
+    values = settings(tmp_path, policies=("sinks",), chunk=10, save_every=3)
+    assert sinks_perplexity.run(values, tmp_path / "whole") == 0
+    score = perplexity.score
+
+    def killed(*args, **kw):
+        for i, piece in enumerate(score(*args, **kw)):
+            if i == 5:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(perplexity, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sinks_perplexity.run(values, tmp_path / "parts")
+    monkeypatch.undo()
+    assert len(metrics(tmp_path / "parts" / "sinks_2+14")) == 5
     assert sinks_perplexity.run(values, tmp_path / "parts") == 0
     assert metrics(tmp_path / "parts" / "sinks_2+14") == metrics(tmp_path / "whole" / "sinks_2+14")
 

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import sinks
+from common.mesh import MeshSpec, make_mesh
 from sinks import hub, loading, params, stream, tokenizer
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
@@ -96,8 +97,8 @@ def test_a_folder_and_the_gguf_made_from_it_are_one_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, folder.params, file.params)
     ids = folder.tokenizer.encode("the 12 é")
     assert ids == file.tokenizer.encode("the 12 é")
-    assert (file.tokenizer.bos_id, file.tokenizer.eos_ids) == (1, {2})
-    assert (folder.tokenizer.bos_id, folder.tokenizer.eos_ids) == (1, {2})
+    assert (file.tokenizer.bos_id, file.tokenizer.eos_ids) == (1, (2,))
+    assert (folder.tokenizer.bos_id, folder.tokenizer.eos_ids) == (1, (2,))
     same = ("family", "vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "rope_theta")
     for name in (*same, "mlp_dim", "rope_fraction", "tie_embeddings", "attention_bias"):
         assert getattr(folder.config, name) == getattr(file.config, name), name
@@ -139,6 +140,19 @@ def test_names_that_lead_nowhere(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"notes\.txt is no GGUF file: it begins with b'hell'"):
         sinks.load(tmp_path / "notes.txt")
+
+
+def test_a_model_is_spread_over_a_mesh(tmp_path):
+    folder = save(tmp_path, LLAMA, tensors(LLAMA))
+    _, whole = loading.load_weights(folder)
+    mesh = make_mesh(MeshSpec(replica=1, fsdp=4, tensor=2))
+    _, spread = loading.load_weights(folder, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, spread, whole)
+    shard = spread["blocks"]["q"].addressable_shards[0].data
+    assert shard.shape == (2, D // 4, H * K // 2)
+    save(tmp_path, {**LLAMA, "num_key_value_heads": 1}, {})
+    with pytest.raises(ValueError, match="blocks/k"):
+        loading.load_weights(folder, mesh=make_mesh(MeshSpec(replica=1, fsdp=1, tensor=8)))
 
 
 def test_a_known_name_is_fetched(tmp_path, monkeypatch):

@@ -129,6 +129,22 @@ def test_one_program_serves_every_length():
     assert stream.chunk_step._cache_size() == before + 2  # one per chunk length
 
 
+def test_memory_does_not_grow_along_the_stream():
+    """100,000 tokens in chunks, and a few hundred drawn one by one, leave as many bytes as the first ones did."""
+    c = small.config(depth=1)
+    p = small.params(c)
+    cache, key = init(c, CacheSpec(2, 30), 1, stacked=True), jax.random.key(0)
+    token, held = jnp.zeros(1, jnp.int32), []
+    for length in (1_000, 100_000):
+        text = np.zeros(length - int(cache.length[0]), int)
+        _, cache = stream.extend(c, p, cache, [text], chunks=(1000,))
+        for _ in range(200):
+            token, cache = stream.decode_step(c, p, cache, token, key)
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+    assert held[1] == held[0]
+    assert jnp.isfinite(cache.layers["v"]).all()
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

@@ -120,6 +120,15 @@ def test_the_chat_template_is_the_weights_own():
     assert BYTES.chat([{"role": "user", "content": "a"}], answer=False).endswith("a<|im_end|>\n")
 
 
+def test_every_token_that_ends_an_answer_is_known():
+    """Llama 3's file has an end of text, which templates mean, and an end of turn, which its answers end in."""
+    metadata = byte_level_metadata(eos_token_id=2, eot_token_id=0) | {
+        "tokenizer.chat_template": "{{ eos_token }}"
+    }
+    tokenizer = tk.from_gguf(metadata)
+    assert tokenizer.eos_ids == (2, 0) and tokenizer.chat([]) == "<|im_end|>"
+
+
 def test_a_template_may_refuse_and_may_not_reach_out():
     def chat(template):
         metadata = byte_level_metadata() | {"tokenizer.chat_template": template}
@@ -164,7 +173,7 @@ def test_a_folder_gives_the_same_tokenizer(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     loaded = tk.from_folder(tmp_path)
     assert loaded.encode("the 12é") == BYTES.encode("the 12é")
-    assert (loaded.bos_id, loaded.eos_ids, loaded.chat([])) == (1, {0, 2}, "y")
+    assert (loaded.bos_id, loaded.eos_ids, loaded.chat([])) == (1, (2, 0), "y")
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert loaded.chat([]) == "y" and tk.from_folder(tmp_path).chat([]) == "<|im_start|>assistant\n"
 

@@ -22,9 +22,9 @@ def get_config(arg: str = ""):
             "cache_sizes": (16,) if args.smoke else (512, 1024),  # S + R
             "sinks": 4,
             "samples": 2,  # texts, streamed as rows of one batch
-            "queries": 4 if args.smoke else 50,  # in each text
-            "every": 2 if args.smoke else 10,  # lines between two questions
-            "distances": (1, 2) if args.smoke else (2, 5, 10, 20, 30, 50),  # lines back, in turn
+            "queries": 4 if args.smoke else 60,  # in each text
+            "every": 2 if args.smoke else 4,  # lines between two questions
+            "distances": (1, 2) if args.smoke else (1, 2, 5, 10, 20, 40),  # lines back, in turn
             "digits": 3,
             "keys": "names",  # or "lines"
             "chunk": 64 if args.smoke else 512,
