@@ -196,7 +196,7 @@ def _softmax_mix(
     for q_BGQTK, keys in parts:
         t, j, evicted = t_BT[:, :, None], keys.j[:, None, :], evicted_BT[:, :, None]
         G, Q, K = (q_BGQTK.shape[i] for i in (1, 2, 4))
-        score = _einsum("BGQTK,BGMK->BGQTM", q_BGQTK, keys.k) * K**-0.5
+        score = _scores(q_BGQTK, keys.k) * K**-0.5
         if bias.slopes is not None:
             far_BTM = distance(t, j, evicted, sinks).astype(score.dtype)
             score -= bias.slopes.reshape(G, Q, 1, 1).astype(score.dtype) * far_BTM[:, None, None]
@@ -245,8 +245,25 @@ def _bias(config: ModelConfig, sink_logit_H: jax.Array | None) -> Bias:
     return Bias(None if slopes is None else jnp.asarray(slopes), sink_logit_H)
 
 
+def _scores(q_BGQTK: jax.Array, k_BGMK: jax.Array) -> jax.Array:
+    """Products of all queries with all keys, [B, G, Q, T, M]."""
+    if q_BGQTK.shape[3] > 1:
+        return _einsum("BGQTK,BGMK->BGQTM", q_BGQTK, k_BGMK)
+    # One query: with the keys as the left operand they are read as they lie; a CPU would turn them round first.
+    out, precision = _accumulate(q_BGQTK)
+    score_BGMQ = jax.lax.dot_general(
+        k_BGMK, q_BGQTK[:, :, :, 0], (((3,), (3,)), ((0, 1), (0, 1))),
+        preferred_element_type=out, precision=precision,
+    )  # fmt: skip
+    return score_BGMQ.swapaxes(2, 3)[:, :, :, None]
+
+
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Operands as they are, sums in float32 at least."""
-    precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    out = jnp.promote_types(a.dtype, jnp.float32)
+    out, precision = _accumulate(a)
     return jnp.einsum(spec, a, b, preferred_element_type=out, precision=precision)
+
+
+def _accumulate(a: jax.Array) -> tuple[jnp.dtype, jax.lax.Precision | None]:
+    """Operands stay as they are, sums are in float32 at least."""
+    precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.promote_types(a.dtype, jnp.float32), precision

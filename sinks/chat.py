@@ -27,6 +27,7 @@ from common.host import keep_freed_memory
 from sinks import cache, hub, stream
 from sinks.cache import CacheSpec
 from sinks.loading import Model
+from sinks.policies import evict_before
 from sinks.sampling import Sampling
 from sinks.tokenizer import TextStream
 
@@ -41,6 +42,8 @@ class Conversation:
     Attributes:
       model: with parameters from `stream.prepare`.
       key: draws the answers; with the same key, messages and settings they are the same.
+      reserve: tokens of room made for each answer by forgetting whole turns, so that none is remembered without its
+        beginning while there is a choice; 0: token by token, as in the paper.
     """
 
     model: Model
@@ -48,6 +51,7 @@ class Conversation:
     sampling: Sampling
     key: jax.Array
     system: str = ""
+    reserve: int = 0
 
     def __post_init__(self):
         stream.check_spec(self.model.config, self.spec)
@@ -56,6 +60,7 @@ class Conversation:
     def new(self) -> None:
         """Forgets everything."""
         self._unread: list[int] = []  # shown, but not yet fed to the model
+        self._turns: list[int] = []  # where the remembered turns begin
         self.cache = cache.init(
             self.model.config, self.spec, stacked=isinstance(self.model.params["blocks"], dict)
         )
@@ -68,7 +73,7 @@ class Conversation:
     @property
     def forgotten(self) -> int:
         """Tokens that have left the cache."""
-        return max(0, self.length - self.spec.capacity)
+        return max(int(self.cache.evicted[0]), self.length - self.spec.capacity, 0)
 
     def turn(self, message: str) -> str:
         """What the stream has to see before it answers `message`: the last answer's end, the message, the opening."""
@@ -90,6 +95,8 @@ class Conversation:
         """
         config, params, tokenizer = self.model
         ids = self._unread + tokenizer.encode(self.turn(message))
+        if self.reserve:
+            self._make_room(len(ids) + self.reserve)
         logits, self.cache = stream.extend(
             config, params, self.cache, [ids], chunks=(PROMPT_CHUNK,)
         )
@@ -99,7 +106,7 @@ class Conversation:
         words = TextStream(tokenizer, special=False)
         try:
             for i, token_B in enumerate(generation, start=1):
-                token = int(token_B[0])
+                self.cache, token = generation.cache, int(token_B[0])
                 self._unread = [] if token in tokenizer.eos_ids else [token]
                 if not self._unread:
                     break
@@ -110,13 +117,22 @@ class Conversation:
         finally:
             self.cache = generation.cache
 
+    def _make_room(self, coming: int) -> None:
+        """Forgets the oldest turns, whole, until `coming` tokens fit. Where that is never enough, tokens go one by one."""
+        needed = self.length + coming - self.spec.capacity
+        turns = [*self._turns, self.length]
+        self._turns = [turn for turn in turns if turn - self.spec.sinks >= self.forgotten]
+        fits = [turn for turn in self._turns if turn - self.spec.sinks >= needed]
+        if needed > self.forgotten and fits:
+            self.cache = evict_before(self.cache, fits[0])
+
     def save(self, folder: str) -> None:
         """Keeps the stream's state in a new folder. Raises ValueError where it is not new."""
         path = Path(folder).expanduser()
         if path.exists():
             raise ValueError(f"{path} is there already: choose a new name")
         with Checkpointer(path) as saver:
-            meta = {"config": str(self.model.config), "unread": self._unread}
+            meta = {"config": str(self.model.config), "unread": self._unread, "turns": self._turns}
             saver.save(self.length, {"cache": self.cache}, meta, wait=True)
 
     def load(self, folder: str) -> None:
@@ -135,7 +151,7 @@ class Conversation:
         state, meta = restored
         if meta["config"] != str(self.model.config):
             raise ValueError(f"{path} is a stream of another model: {meta['config']}")
-        self.cache, self._unread = state["cache"], meta["unread"]
+        self.cache, self._unread, self._turns = state["cache"], meta["unread"], meta["turns"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,6 +171,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top_p", type=float, default=0.9, help="1: off")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=0, help="tokens of an answer; 0: none")
+    parser.add_argument(
+        "--reserve",
+        type=int,
+        default=256,
+        help="room made by forgetting whole turns; 0: token by token",
+    )
     parser.add_argument("--system", default="", help="the system message")
     args = parser.parse_args(argv)
     try:
@@ -170,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     model = model._replace(params=stream.prepare(model.params))
-    talk = Conversation(model, spec, sampling, jax.random.key(args.seed), args.system)
+    talk = Conversation(model, spec, sampling, jax.random.key(args.seed), args.system, args.reserve)
     megabytes = spec.nbytes(model.config) / 1e6
     print(
         f"{args.model}: the first {spec.sinks} and the last {spec.recent} tokens are remembered ({megabytes:.0f} MB); what "

@@ -144,6 +144,11 @@ def evict_for_space(cache: Cache, coming: jax.Array | int) -> Cache:
     return replace(cache, evicted=jnp.maximum(cache.evicted, needed))
 
 
+def evict_before(cache: Cache, j: jax.Array | int) -> Cache:
+    """Forgets all between the sinks and token j, such as whole messages up to where one begins."""
+    return replace(cache, evicted=jnp.maximum(cache.evicted, j - cache.spec.sinks))
+
+
 def token_nll(
     config: ModelConfig, params: Params, x_TD: jax.Array, targets_T: jax.Array
 ) -> jax.Array:

@@ -35,6 +35,18 @@ def test_a_conversation_outlives_its_cache(model):
     assert jax.tree.map(lambda x: x.shape, talk.cache.layers) == held
 
 
+def test_turns_are_forgotten_whole(model):
+    """With room reserved, what is remembered begins where a turn began; without, it is cut anywhere."""
+    talk = chat.Conversation(model, CacheSpec(2, 60), Sampling(1.0), jax.random.key(0), reserve=6)
+    begins = []
+    for i in range(6):
+        begins.append(talk.length)
+        list(talk.answer(f"Question {i}?", limit=5))
+        assert talk.forgotten == 0 or talk.forgotten + talk.spec.sinks in begins
+    assert talk.forgotten > 0
+    assert len(talk._turns) <= 4  # those remembered, not all
+
+
 def test_a_stopped_answer_is_continued_as_it_was_shown(model):
     """Stopping after five pieces gives the stream of an answer whose limit is five."""
     stopped, limited = conversation(model), conversation(model)
