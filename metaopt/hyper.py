@@ -110,7 +110,12 @@ def hyper(
         last = jnp.maximum(state.count - 1, 0)
         signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
         signals = pack_sum(signals, axis_name)
-        good = guarding.finite(signals)  # a NaN in any gradient is a NaN in the sum
+        # A NaN in any gradient is a NaN in the sums, so the gradients themselves are read only when there is one.
+        good = jax.lax.cond(
+            guarding.finite(signals),
+            lambda: jnp.ones((), bool),
+            lambda: _all_finite(grads, axis_name),
+        )
         signals = jax.tree.map(lambda h: jnp.where(state.moved, h, 0), signals)
         if guards.skip_nonfinite:
             signals = jax.tree.map(lambda h: jnp.where(jnp.isfinite(h), h, 0), signals)
@@ -174,6 +179,11 @@ def hyper(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _all_finite(tree: Any, axis_name: Any) -> jax.Array:
+    good = guarding.finite(tree)
+    return good if axis_name is None else jax.lax.pmin(good.astype(jnp.int32), axis_name) > 0
+
+
 def _times(factor: jax.Array, tree: Any) -> Any:
     return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
@@ -187,6 +197,7 @@ def _shorten(memory: Any, factor: jax.Array) -> Any:
 def _traced(trace: Trace, old: Any, new: Any, count: jax.Array) -> Any:
     def add(z, t):
         keep = jax.lax.optimization_barrier(jnp.asarray(trace.keep(count, z.dtype), z.dtype))
-        return (keep * z + t).astype(z.dtype)
+        # A derivative that is not finite, once added, would stay for ever.
+        return (keep * z + jnp.where(jnp.isfinite(t), t, 0)).astype(z.dtype)
 
     return new._replace(tangents=jax.tree.map(add, old.tangents, new.tangents))

@@ -47,6 +47,23 @@ def test_steps_without_finite_gradients_change_nothing(mode, bad):
     same(train(False), train(True))
 
 
+@pytest.mark.parametrize("trace", [Trace(), Trace(power=1.0)])
+def test_a_signal_that_does_not_exist_stops_nothing(trace):
+    """The clipping norm has no derivative at zero gradients; the run goes on when there are gradients again."""
+
+    def clipped(rate, norm):
+        return optax.chain(optax.clip_by_global_norm(norm), optax.sgd(rate))
+
+    tx = hyper(clipped, rate=learn(0.1), norm=learn(0.1), by=optax.sgd(0.1), trace=trace)
+    params = {"w": jnp.ones(3)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for scale in (1.0, 0.0, 0.0, 1.0, 1.0, 1.0):
+        updates, state = update({"w": jnp.full(3, scale)}, state, params)
+    assert float(jnp.abs(updates["w"]).min()) > 0
+    assert all(np.isfinite(v) for v in metaopt.learned(state).values())
+    assert float(state.values["rate"]) != pytest.approx(0.1)
+
+
 @functools.cache
 def unruly(form: str):
     """(init, jitted update) of an optimizer whose hyperparameters jump by hundreds."""
