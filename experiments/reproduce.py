@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         if name not in parts:
             parser.error(f"--only={args.only}: {name!r} is none of {', '.join(parts)}")
     keep_freed_memory()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:  # a library may have made its own before us
+        handler.setFormatter(logging.Formatter("%(message)s"))
     log.setLevel(logging.INFO)
 
     began, failed = time.perf_counter(), []
