@@ -10,7 +10,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-reproduce: $(VENV)/base  ## pretrain on rendered scenes, probe, and print and draw the result (about 10 minutes)
+reproduce: $(VENV)/base  ## the three papers' effects on embedded data: tables, and pictures in runs/reproduce
 	$(BIN)/python -m experiments.reproduce
 
 test: $(VENV)/dev  ## all tests that need no torch
@@ -41,8 +41,10 @@ types: $(VENV)/dev
 boundaries: $(VENV)/dev
 	$(BIN)/lint-imports
 
-bench: $(VENV)/peers  ## images/s of our train step against the official PyTorch step
+bench: $(VENV)/peers  ## our I-JEPA step, sink decoding and metaopt overhead against PyTorch, transformers and optax
 	$(BIN)/python -m experiments.bench.jepa_step
+	$(BIN)/python -m experiments.bench.sinks_decode
+	$(BIN)/python -m experiments.bench.metaopt_overhead
 
 preflight: $(VENV)/tpu  ## compile the four released recipes for v5e:16x16 and write the table
 	$(BIN)/python -m experiments.preflight --all --topology=v5e:16x16
