@@ -99,7 +99,7 @@ def ijepa_loss(
         metrics |= {f"loss_{name}": mean(value) for name, value in terms.items()}
     metrics |= {
         "loss": mean(loss),
-        "target_std": mean(target_BMTD.reshape(-1, target_BMTD.shape[-1]).std(0).mean()),
+        "target_std": mean(token_std(target_BMTD, target_valid)),
         "context_std": mean(pooled_std(z_BCD, context_valid)),
     }
     return loss, metrics
@@ -119,12 +119,20 @@ def distance(difference: jax.Array, kind: str) -> jax.Array:
     return jnp.where(size < 1, 0.5 * difference**2, size - 0.5)
 
 
-def weighted_mean(x: jax.Array, valid: jax.Array | None, axis: int | None = None) -> jax.Array:
+def weighted_mean(
+    x: jax.Array, valid: jax.Array | None, axis: int | tuple[int, ...] | None = None
+) -> jax.Array:
     """Mean of `x` over `axis` (default all), over valid entries only; `valid` has x's leading axes."""
     if valid is None:
         return x.mean(axis)
     weight = valid.astype(x.dtype).reshape(*valid.shape, *(1,) * (x.ndim - valid.ndim))
     return (x * weight).sum(axis) / jnp.maximum(weight.sum(axis), 1)
+
+
+def token_std(x_BMTD: jax.Array, valid_BMT: jax.Array | None) -> jax.Array:
+    """Standard deviation over all valid tokens, mean over features."""
+    centred = x_BMTD - weighted_mean(x_BMTD, valid_BMT, axis=(0, 1, 2))
+    return jnp.sqrt(weighted_mean(centred**2, valid_BMT, axis=(0, 1, 2))).mean()
 
 
 def pooled_std(z_BCD: jax.Array, valid_BC: jax.Array | None) -> jax.Array:

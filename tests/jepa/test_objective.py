@@ -53,6 +53,15 @@ loss = jax.jit(loss_of())
 loss_and_gradient = jax.jit(jax.value_and_grad(loss_of(), argnums=(0, 1), has_aux=True))
 
 
+def test_padding_is_no_part_of_the_targets_spread():
+    """Padded slots repeat token 0, or any other: the monitor must not change with it."""
+    spreads = [
+        compute(loss(PARAMS, TARGET, padded_batch(CONTEXTS, TARGETS, fill))[1])["target_std"]
+        for fill in (0, 11)
+    ]
+    assert spreads[0] == pytest.approx(spreads[1], rel=1e-6)
+
+
 def test_matches_the_reference():
     want = reference.loss(PARAMS, TARGET, CONFIG, BATCH["image"], CONTEXTS, TARGETS)
     assert relative_error(loss(PARAMS, TARGET, BATCH)[0], want) < 1e-5
