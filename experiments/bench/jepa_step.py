@@ -13,13 +13,13 @@ Writes a row to experiments/results/bench_jepa_step.jsonl with --write.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from experiments.bench.worker import run_worker
 
 BATCH, IMAGE, PATCH, WIDTH, DEPTH, HEADS = 128, 32, 4, 192, 12, 3
 P_WIDTH, P_DEPTH, CONTEXT, TARGETS, TARGET = 96, 6, 12, 4, 12
@@ -118,23 +118,8 @@ def _worker(mode: str, steps: int, official: str) -> None:
 
 
 def _run(mode: str, steps: int, official: str) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.bench.jepa_step",
-        "--worker",
-        mode,
-        "--steps",
-        str(steps),
-    ]
-    env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [*command, "--official", official], env=env, capture_output=True, text=True, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{mode} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    arguments = ("--steps", str(steps), "--official", official)
+    return run_worker("experiments.bench.jepa_step", mode, *arguments, threads=THREADS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,11 +16,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from experiments.bench.worker import run_worker
 
 CACHE, CHUNK, THREADS = 1024, 1024, 2
 SIZES: dict[str, Any] = dict(
@@ -115,15 +116,9 @@ def _time(run, steps: int, warm: int = 3) -> list[float]:
 
 
 def _run(mode: str, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "experiments.bench.sinks_decode", "--worker", mode]
-    env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [*command, "--steps", str(steps)], env=env, capture_output=True, text=True, check=False
+    return run_worker(
+        "experiments.bench.sinks_decode", mode, "--steps", str(steps), threads=THREADS
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise RuntimeError(f"{mode} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
 
 
 def main(argv: list[str] | None = None) -> int:
