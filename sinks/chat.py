@@ -166,6 +166,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sinks", type=int, default=4, help="first tokens kept for ever")
     parser.add_argument("--recent", type=int, default=1020, help="recent tokens kept")
     parser.add_argument("--int8", action="store_true", help="keep the recent tokens in 8 bits")
+    parser.add_argument(
+        "--weights",
+        choices=("float32", "bfloat16", "int8"),
+        default="float32",
+        help="how weights are kept: int8 answers about twice as fast on a CPU (default float32)",
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="0: off")
     parser.add_argument("--top_p", type=float, default=0.9, help="1: off")
@@ -187,11 +193,14 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "compiled"))
     try:
-        model = sinks.load(args.model)
+        model = sinks.load(
+            args.model, dtype="bfloat16" if args.weights == "bfloat16" else "float32"
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    model = model._replace(params=stream.prepare(model.params))
+    params = stream.prepare(model.params, int8=args.weights == "int8")
+    model = model._replace(params=params)
     talk = Conversation(model, spec, sampling, jax.random.key(args.seed), args.system, args.reserve)
     megabytes = spec.nbytes(model.config) / 1e6
     print(

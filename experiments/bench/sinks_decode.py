@@ -5,7 +5,8 @@
 
 decode_*: one token at a time with a full cache of 4+1020; *_far: the same at token 1,000,000. chunk_*: streaming evaluation
 of the same cache, 1,024 tokens at a time, with every prediction scored. hf_*: one token at a time with 1,024 tokens in
-transformers' DynamicCache, which does no streaming: no more work than ours. Weights are random: only sizes count.
+transformers' DynamicCache, which does no streaming: no more work than ours. The type in a name is the weights'; they are
+random: only sizes count.
 
 Every contender has a process of its own with 2 threads and the same allocator settings; contenders take turns, so that what
 else the machine does hits all of them. Needs the `peers` extra. The memory limit is what a token must read (weights and
@@ -29,8 +30,8 @@ SIZES: dict[str, Any] = dict(
 )
 SIZES |= dict(mlp_dim=1536, max_positions=8192)
 MODES = (
-    "decode_float32", "decode_float32_far", "decode_bfloat16", "decode_int8_cache", "chunk_float32", "chunk_bfloat16",
-    "hf_float32", "hf_bfloat16",
+    "decode_float32", "decode_float32_far", "decode_float32_int8ring", "decode_bfloat16", "decode_int8",
+    "decode_int8_far", "chunk_float32", "chunk_bfloat16", "hf_float32", "hf_bfloat16",
 )  # fmt: skip
 RESULTS = Path(__file__).parents[1] / "results" / "bench_sinks_decode.jsonl"
 
@@ -49,20 +50,24 @@ def ours(mode: str, steps: int) -> dict[str, Any]:
     from sinks import cache, params, perplexity, policies, stream
     from sinks.config import ModelConfig
 
-    kind, dtype, *rest = mode.split("_")
-    int8, dtype = dtype == "int8", "float32" if dtype == "int8" else dtype
+    kind, weights_in, *rest = mode.split("_")
     config = ModelConfig("llama", **SIZES, rope_theta=1e5, tie_embeddings=True)
-    weights = params.init(config, jax.random.key(0), jnp.dtype(dtype))
-    spec = cache.CacheSpec(4, CACHE - 4, dtype=dtype, int8=int8)
-    facts = {"bytes": sum(p.nbytes for p in jax.tree.leaves(weights)) + spec.nbytes(config)}
+    half = jnp.bfloat16 if weights_in == "bfloat16" else jnp.float32
+    weights = params.init(config, jax.random.key(0), half)
     if kind == "chunk":
+        spec = cache.CacheSpec(4, CACHE - 4, dtype=weights_in)
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, CHUNK * (steps + 3))
         pieces = perplexity.score(
             config, weights, policies.Cached(spec), tokens, chunk=CHUNK, state=None
         )
-        return facts | {"seconds": [s / CHUNK for s in _time(lambda: next(pieces), steps, warm=2)]}
+        return {"seconds": [s / CHUNK for s in _time(lambda: next(pieces), steps, warm=2)]}
 
-    weights = stream.prepare(weights)
+    weights = stream.prepare(weights, int8=weights_in == "int8")
+    # A lone token's products with the ring are fastest in float32.
+    spec = cache.CacheSpec(4, CACHE - 4, int8="int8ring" in rest)
+    looked_up = "embed" if "unembed" in weights else ""  # a row of it is read, not the whole
+    read = jax.tree.leaves({name: p for name, p in weights.items() if name != looked_up})
+    facts = {"bytes": sum(p.nbytes for p in read) + spec.nbytes(config)}
     state = cache.init(config, spec)
     length = 1_000_000 if "far" in rest else 10_000
     state, token = replace(state, length=state.length + length), jnp.zeros(1, jnp.int32)

@@ -1,12 +1,15 @@
 """What the families share: products, norms, activations. Legend: ... any leading axes, D inputs, F outputs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
 
 from common.nn.policy import Policy
 from common.sharding import Axes
+
+FEW = 8  # tokens up to which a product is bound by reading its weights
 
 
 @dataclass(frozen=True)
@@ -22,24 +25,85 @@ class Leaf:
     init: str = "normal"
 
 
-def dense(x: jax.Array, w_DF: jax.Array, bias_F: jax.Array | None = None) -> jax.Array:
-    """x [..., D] times w, [..., F] in float32. Operands take the weights' type: bfloat16 weights make bfloat16 products."""
-    if w_DF.dtype == jnp.float64:
-        y = jnp.einsum("...d,df->...f", x.astype(w_DF.dtype), w_DF)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Weights of one product or several with the same input, a row for each output: [F, D] where the layout says [D, F].
+
+    Attributes:
+      scale_F: of int8 weights, which are w_FD * scale_F; None for others.
+      sizes: outputs of each product; their rows follow one another.
+    """
+
+    w_FD: jax.Array
+    scale_F: jax.Array | None = None
+    sizes: tuple[int, ...] = field(default=(), metadata={"static": True})
+
+    def quantize(self) -> "Rows":
+        """In 8 bits: each row's largest weight becomes 127."""
+        peak_F = jnp.max(jnp.abs(self.w_FD), 1).astype(jnp.float32)
+        scale_F = jnp.where(peak_F == 0, 1, peak_F) / 127
+        return Rows(jnp.round(self.w_FD / scale_F[:, None]).astype(jnp.int8), scale_F, self.sizes)
+
+
+def dense(x: jax.Array, w: jax.Array | Rows, bias_F: jax.Array | None = None) -> jax.Array:
+    """x [..., D] times w [D, F]: [..., F] in float32. Operands take w's type: bfloat16 weights make bfloat16 products."""
+    if isinstance(w, Rows):
+        y = _times_rows(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+    elif w.dtype == jnp.float64:
+        y = jnp.einsum("...d,df->...f", x.astype(w.dtype), w)
     else:
-        y = Policy(compute=w_DF.dtype.name).dense(x, w_DF)
+        y = Policy(compute=w.dtype.name).dense(x, w)
     return y if bias_F is None else y + bias_F.astype(y.dtype)
 
 
-def logits(params: dict, x: jax.Array, *, tied: bool) -> jax.Array:
-    """Products with "unembed" [D, V], or with "embed" [V, D] where `tied`: [..., V] in float32."""
-    if not tied:
-        return dense(x, params["unembed"])
-    w_VD = params["embed"]  # contracted as it lies: turning it round would copy it for every token
-    out = jnp.promote_types(w_VD.dtype, jnp.float32)
-    precision = None if w_VD.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jnp.einsum(
-        "...d,vd->...v", x.astype(w_VD.dtype), w_VD, preferred_element_type=out, precision=precision
+def project(x: jax.Array, p: dict, *names: str) -> list[jax.Array]:
+    """x times each of the named weights, plus their biases: one product where `stream.prepare` has joined them."""
+    rows = p.get("+".join(names))
+    if rows is None:
+        return [dense(x, p[name], p.get(f"{name}_bias")) for name in names]
+    parts = jnp.split(dense(x, rows), list(accumulate(rows.sizes[:-1])), axis=-1)
+    biases = (p.get(f"{name}_bias") for name in names)
+    return [y if b is None else y + b.astype(y.dtype) for y, b in zip(parts, biases)]
+
+
+def logits(params: dict, x: jax.Array) -> jax.Array:
+    """Products with "unembed" [D, V], or where there is none with "embed" [V, D]: [..., V] in float32."""
+    unembed = params.get("unembed")
+    return dense(x, Rows(params["embed"]) if unembed is None else unembed)
+
+
+def _times_rows(x_ND: jax.Array, rows: Rows) -> jax.Array:
+    """x w^T, [N, F], with the weights read as they lie.
+
+    For a few tokens the time is that of reading the weights, and they are the left operand. XLA's CPU backend has fast
+    products below float32 only where the right operand has two columns or more, and otherwise converts all weights to
+    float32 first. So a lone token gets columns of zeros beside it, or in int8 what its rounding left over.
+    """
+    w_FD, scale_F, N = rows.w_FD, rows.scale_F, len(x_ND)
+    if scale_F is not None and N <= FEW:
+        peak_N1 = jnp.max(jnp.abs(x_ND), 1, keepdims=True) / 127
+        fine_ND = x_ND / jnp.where(peak_N1 == 0, 1, peak_N1)
+        whole_ND = jnp.round(fine_ND)  # [-127, 127], as is what it leaves over, times 254
+        columns = jnp.concatenate([whole_ND, jnp.round((fine_ND - whole_ND) * 254)])
+        y_FN = _sum_over_last(w_FD, columns.astype(jnp.int8), jnp.int32).astype(jnp.float32)
+        return (y_FN[:, :N] + y_FN[:, N:] / 254).T * peak_N1 * scale_F
+    if scale_F is not None:
+        w_FD = w_FD.astype(jnp.bfloat16)  # exact
+    x_ND, out = x_ND.astype(w_FD.dtype), jnp.promote_types(w_FD.dtype, jnp.float32)
+    if N > FEW:
+        y_NF = _sum_over_last(x_ND, w_FD, out)
+        return y_NF if scale_F is None else y_NF * scale_F
+    if w_FD.dtype == jnp.bfloat16:
+        x_ND = jnp.pad(x_ND, ((0, max(0, 2 - N)), (0, 0)))
+    return _sum_over_last(w_FD, x_ND, out)[:, :N].T
+
+
+def _sum_over_last(a_ND: jax.Array, b_MD: jax.Array, out: jnp.dtype) -> jax.Array:
+    """a b^T, [N, M], summed in `out`."""
+    precision = jax.lax.Precision.HIGHEST if a_ND.dtype in (jnp.float32, jnp.float64) else None
+    return jax.lax.dot_general(
+        a_ND, b_MD, (((1,), (1,)), ((), ())), preferred_element_type=out, precision=precision
     )
 
 

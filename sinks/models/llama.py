@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sinks.config import ModelConfig
-from sinks.models.layers import Leaf, activate, dense, logits, rms_norm
+from sinks.models.layers import Leaf, activate, dense, logits, project, rms_norm
 
 
 def layout(c: ModelConfig) -> dict[str, Any]:
@@ -58,19 +58,17 @@ def block(c: ModelConfig, p: dict[str, Any], x_BTD: jax.Array, attend) -> jax.Ar
     """x + attention(norm(x)), then x + mlp(norm(x)) with mlp(h) = down(act(gate h) * up h)."""
     B, T, _ = x_BTD.shape
     h = rms_norm(x_BTD, p["attn_norm"], c.norm_eps)
-    q_BTHK = dense(h, p["q"], p.get("q_bias")).reshape(B, T, c.heads, c.head_dim)
-    k_BTGK = dense(h, p["k"], p.get("k_bias")).reshape(B, T, c.kv_heads, c.head_dim)
-    v_BTGK = dense(h, p["v"], p.get("v_bias")).reshape(B, T, c.kv_heads, c.head_dim)
+    q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, c.head_dim) for y in project(h, p, "q", "k", "v"))
     mixed_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, p.get("sink_logit"))
     x_BTD = x_BTD + dense(mixed_BTHK.reshape(B, T, -1), p["o"], p.get("o_bias"))
 
     h = rms_norm(x_BTD, p["mlp_norm"], c.norm_eps)
-    gate_BTF = activate(c.activation, dense(h, p["gate"], p.get("gate_bias")))
-    up_BTF = dense(h, p["up"], p.get("up_bias"))
-    return x_BTD + dense(gate_BTF * up_BTF, p["down"], p.get("down_bias"))
+    gate_BTF, up_BTF = project(h, p, "gate", "up")
+    hidden_BTF = activate(c.activation, gate_BTF) * up_BTF
+    return x_BTD + dense(hidden_BTF, p["down"], p.get("down_bias"))
 
 
 def unembed(c: ModelConfig, params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
     """Logits [B, T, V] in float32."""
     x_BTD = rms_norm(x_BTD, params["norm"], c.norm_eps)
-    return logits(params, x_BTD, tied=c.tie_embeddings)
+    return logits(params, x_BTD)

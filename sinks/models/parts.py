@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sinks.config import ModelConfig
-from sinks.models.layers import Leaf, activate, dense, layer_norm, logits
+from sinks.models.layers import Leaf, activate, dense, layer_norm, logits, project
 
 Leaves = dict[str, Any]
 
@@ -84,17 +84,10 @@ def attention(c: ModelConfig, p: Leaves, h_BTD: jax.Array, attend) -> jax.Array:
     """o attend(q h, k h, v h), with MPT's bound on the three where the config has one."""
     B, T, _ = h_BTD.shape
 
-    def project(name: str, heads: int) -> jax.Array:
-        x = dense(h_BTD, p[name], p.get(f"{name}_bias"))
-        if c.clip_qkv:
-            x = jnp.clip(x, -c.clip_qkv, c.clip_qkv)
-        return x.reshape(B, T, heads, c.head_dim)
-
-    q_BTHK, k_BTGK, v_BTGK = (
-        project("q", c.heads),
-        project("k", c.kv_heads),
-        project("v", c.kv_heads),
-    )
+    qkv = project(h_BTD, p, "q", "k", "v")
+    if c.clip_qkv:
+        qkv = [jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in qkv]
+    q_BTHK, k_BTGK, v_BTGK = (y.reshape(B, T, -1, c.head_dim) for y in qkv)
     mixed_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, p.get("sink_logit"))
     return dense(mixed_BTHK.reshape(B, T, -1), p["o"], p.get("o_bias"))
 
@@ -107,4 +100,4 @@ def mlp(c: ModelConfig, p: Leaves, h: jax.Array) -> jax.Array:
 
 def unembed(c: ModelConfig, params: Leaves, x_BTD: jax.Array) -> jax.Array:
     """Logits [B, T, V] in float32."""
-    return logits(params, norm(c, params, "norm", x_BTD), tied=c.tie_embeddings)
+    return logits(params, norm(c, params, "norm", x_BTD))

@@ -76,7 +76,7 @@ def test_a_saved_stream_goes_on_as_if_never_left(model, tmp_path):
 
 
 def test_the_program_from_start_to_quit(model, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sinks, "load", lambda name: model)
+    monkeypatch.setattr(sinks, "load", lambda name, dtype: model)
     lines = [
         "Hi",
         "/save",
