@@ -46,8 +46,8 @@ bench: $(VENV)/peers  ## our I-JEPA step, sink decoding and metaopt overhead aga
 	$(BIN)/python -m experiments.bench.sinks_decode
 	$(BIN)/python -m experiments.bench.metaopt_overhead
 
-preflight: $(VENV)/tpu  ## compile the four released recipes for v5e:16x16 and write the table
-	$(BIN)/python -m experiments.preflight --all --topology=v5e:16x16
+preflight: $(VENV)/tpu  ## compile the released recipes for v5e:16x16 that the committed table lacks
+	$(BIN)/python -m experiments.preflight --all --missing --topology=v5e:16x16
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)

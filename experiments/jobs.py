@@ -1,29 +1,32 @@
-"""The registry of jobs: a config's `job` names one of these functions of (settings, workdir) -> exit code."""
+"""The registry of jobs: a config's `job` names one, a function of (settings, workdir) -> exit code."""
+
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
-from experiments import (
-    jepa_pretrain,
-    metaopt_job,
-    metaopt_table1,
-    sinks_attention_map,
-    sinks_perplexity,
-    sinks_pretrain,
-    sinks_speed,
-    sinks_tasks,
-)
 
+# By name, so that a run loads its own package and no other.
 JOBS = {
-    "jepa_pretrain": jepa_pretrain.run,
-    "metaopt_grid": metaopt_job.run,
-    "metaopt_table1": metaopt_table1.run,
-    "sinks_perplexity": sinks_perplexity.run,
-    "sinks_speed": sinks_speed.run,
-    "sinks_attention_map": sinks_attention_map.run,
-    "sinks_streameval": sinks_tasks.run_streameval,
-    "sinks_pretrain": sinks_pretrain.run,
-    "sinks_qa_stream": sinks_tasks.run_qa_stream,
+    "jepa_pretrain": "experiments.jepa_pretrain:run",
+    "metaopt_grid": "experiments.metaopt_job:run",
+    "metaopt_table1": "experiments.metaopt_table1:run",
+    "sinks_perplexity": "experiments.sinks_perplexity:run",
+    "sinks_speed": "experiments.sinks_speed:run",
+    "sinks_attention_map": "experiments.sinks_attention_map:run",
+    "sinks_streameval": "experiments.sinks_tasks:run_streameval",
+    "sinks_pretrain": "experiments.sinks_pretrain:run",
+    "sinks_qa_stream": "experiments.sinks_tasks:run_qa_stream",
 }
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError)
+
+
+def find(name: str) -> Callable[[dict[str, Any], Path], int]:
+    """The job of this name, its module imported. Raises ConfigError naming those there are."""
+    if name not in JOBS:
+        raise ConfigError(f"config.job={name!r} is unknown; known jobs: {', '.join(JOBS)}")
+    return pkgutil.resolve_name(JOBS[name])

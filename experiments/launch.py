@@ -53,12 +53,10 @@ def main(argv: list[str]) -> int:
     logging.getLogger("triptych").setLevel(logging.INFO)
 
     # After the flags: a typo should not wait for every library a job needs.
-    from experiments.jobs import JOBS, KNOWN_ERRORS
+    from experiments.jobs import KNOWN_ERRORS, find
 
-    job = JOBS.get(config["job"])
-    if job is None:
-        return _fail(f"config.job={config['job']!r} is unknown; known jobs: {', '.join(JOBS)}")
     try:
+        job = find(config["job"])
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     except ValueError as error:
         return _fail(error)

@@ -37,10 +37,8 @@ SPEC = GridSpec(epochs=40, batch=64, rates=RATES, seeds=(0, 1), save_every=40)
 log = logging.getLogger("triptych")
 
 
-def run(
-    workdir: Path, methods: Sequence[str] = tuple(SHOWN), spec: GridSpec = SPEC
-) -> list[ResultRow]:
-    """Trains what has no rows in `workdir` yet, prints the table, draws the picture, and returns the rows.
+def run(workdir: Path, methods: Sequence[str] = tuple(SHOWN), spec: GridSpec = SPEC) -> int:
+    """Trains what has no rows in `workdir`/results.jsonl yet, prints the table, and draws the picture. Returns an exit code.
 
     Each row is a method from one initial rate: overrides {"method", "initial_rate"}, metrics "error" (test error in [0, 1],
     mean over seeds), "learned/learning_rate", "diverged".
@@ -54,7 +52,7 @@ def run(
     show(rows, "Digits: test error after 40 epochs of SGD, by initial learning rate")
     picture(rows, workdir)
     log.info("drew %s", workdir / "metaopt_digits.png")
-    return rows
+    return 0
 
 
 def picture(rows: Sequence[ResultRow], workdir: Path) -> None:

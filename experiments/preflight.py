@@ -2,9 +2,10 @@
 
   python -m experiments.preflight --config=experiments/configs/jepa/in1k_vith14.py --topology=v5e:16x16
   python -m experiments.preflight --all --topology=v5e:16x16       # the four released recipes; writes the table
+  python -m experiments.preflight --all --missing                  # the same, without those that the table has
 
 Prints per-chip memory against the chip's HBM, FLOPs, the collectives by kind with their bytes, and whether it fits. The
-sharding rules stand or fall here. Needs the `tpu` extra (libtpu compiles on any x86 machine); takes a minute or two a
+sharding rules stand or fall here. Needs the `tpu` extra (libtpu compiles on any x86 machine); takes minutes a
 recipe. Exit codes: 0 fits, 1 does not fit or does not compile, 2 a setting is wrong.
 """
 
@@ -209,6 +210,19 @@ def describe(r: Report) -> str:
     return "\n".join([*lines, f"  compiled in {r.compile_seconds:.0f} s"])
 
 
+def write_table(table: list[dict[str, Any]], report: Report) -> list[dict[str, Any]]:
+    """The committed table with this report in the place of an older one, written at once: a compilation takes minutes."""
+    key = (report.config, report.topology)
+    rest = [row for row in table if (row["config"], row["topology"]) != key]
+    table = sorted(
+        [*rest, dataclasses.asdict(report)],
+        key=lambda row: (row["topology"], RELEASED.index(row["config"])),
+    )
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"wrote {TABLE}", flush=True)
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.preflight",
@@ -222,11 +236,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--topology", default="v5e:16x16", help="chip:grid, e.g. v5e:16x16, v4:4x4x8, v6e:16x16"
     )
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="with --all: skip what the table has for this topology",
+    )
     args = parser.parse_args(argv)
     if bool(args.config) == args.all:
         parser.error("give either --config or --all")
     here = Path(__file__).parent / "configs" / "jepa"
-    paths = [here / f"{name}.py" for name in RELEASED] if args.all else [args.config]
+    table = json.loads(TABLE.read_text()) if args.all and TABLE.exists() else []
+    have = {row["config"] for row in table if row["topology"] == args.topology}
+    names = [name for name in RELEASED if not (args.missing and name in have)]
+    paths = [here / f"{name}.py" for name in names] if args.all else [args.config]
 
     from common.config import ConfigError
 
@@ -236,13 +258,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"compiling {path} for {args.topology} ...", file=sys.stderr, flush=True)
             reports.append(check(_load(str(path)), args.topology))
             print(describe(reports[-1]), flush=True)
+            if args.all:
+                table = write_table(table, reports[-1])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.all:
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=1) + "\n")
-        print(f"wrote {TABLE}")
     return 0 if all(r.fits for r in reports) else 1
 
 

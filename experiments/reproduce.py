@@ -12,16 +12,21 @@ it stood; what is done is not done again.
 
 import argparse
 import logging
+import pkgutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from common.distributed import EXIT_PREEMPTED
 from common.host import keep_freed_memory
-from experiments import jepa_scenes, metaopt_digits, sinks_quick
 from experiments.jobs import KNOWN_ERRORS
 
+# The quickest first: something to look at within a minute. By name, so that none loads before its turn.
+PARTS = {
+    "metaopt": "experiments.metaopt_digits:run",
+    "sinks": "experiments.sinks_quick:run",
+    "jepa": "experiments.jepa_scenes:run",
+}
 log = logging.getLogger("triptych")
 
 
@@ -38,29 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: at least 1")
-    # The quickest first: something to look at within a minute.
-    parts: dict[str, Callable[[], int]] = {
-        "metaopt": lambda: _digits(args.workdir / "metaopt"),
-        "sinks": lambda: sinks_quick.run(args.workdir / "sinks"),
-        "jepa": lambda: jepa_scenes.run(
-            args.workdir / "jepa", seeds=args.seeds, epochs=args.epochs
-        ),
-    }
     chosen = [name.strip() for name in args.only.split(",")]
     for name in chosen:
-        if name not in parts:
-            parser.error(f"--only={args.only}: {name!r} is none of {', '.join(parts)}")
+        if name not in PARTS:
+            parser.error(f"--only={args.only}: {name!r} is none of {', '.join(PARTS)}")
     keep_freed_memory()
-    logging.basicConfig(level=logging.WARNING)
-    for handler in logging.getLogger().handlers:  # a library may have made its own before us
-        handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
+    options = {"jepa": {"seeds": args.seeds, "epochs": args.epochs}}
 
     began, failed = time.perf_counter(), []
-    for name in (name for name in parts if name in chosen):
+    for name in (name for name in PARTS if name in chosen):
         log.info("\n=== %s", name)
         try:
-            code = parts[name]()
+            run = pkgutil.resolve_name(PARTS[name])
+            code = run(args.workdir / name, **options.get(name, {}))
         except KNOWN_ERRORS as error:
             log.error("error: %s", error)
             code = 2
@@ -75,11 +72,6 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         log.error("failed: %s", ", ".join(failed))
     return 1 if failed else 0
-
-
-def _digits(workdir: Path) -> int:
-    metaopt_digits.run(workdir)
-    return 0
 
 
 if __name__ == "__main__":

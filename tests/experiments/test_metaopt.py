@@ -100,7 +100,8 @@ def test_digits_draws_its_picture(tmp_path):
     spec = dataclasses.replace(
         metaopt_digits.SPEC, epochs=1, seeds=(0,), rates=(1e-2, 1.0), save_every=1
     )
-    rows = metaopt_digits.run(tmp_path, ("sgd", "auto(sgd)"), spec)
+    assert metaopt_digits.run(tmp_path, ("sgd", "auto(sgd)"), spec) == 0
+    rows = read_rows(tmp_path / "results.jsonl")
     assert len(rows) == 4 and (tmp_path / "metaopt_digits.png").stat().st_size > 10_000
 
 
