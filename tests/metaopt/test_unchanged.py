@@ -69,9 +69,9 @@ def test_zero_gradients_are_harmless(mode, dtype):
         mode=mode,
     )
     state = tx.init(params)
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros, update = jax.tree.map(jnp.zeros_like, params), jax.jit(tx.update)
     for _ in range(3):
-        updates, state = tx.update(zeros, state, params)
+        updates, state = update(zeros, state, params)
         assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
     assert all(np.isfinite(v) for v in metaopt.learned(state).values())
 
@@ -122,13 +122,14 @@ def test_multisteps_equals_a_large_batch():
     ]
     whole, many = tower(), optax.MultiSteps(tower(), k)
     p, s = params, whole.init(params)
+    gradient, update = jax.jit(jax.grad(loss)), jax.jit(whole.update)
     for batch in large:
-        updates, s = whole.update(jax.grad(loss)(p, batch), s, p)
+        updates, s = update(gradient(p, batch), s, p)
         p = optax.apply_updates(p, updates)
     q, t = params, many.init(params)
     update = jax.jit(many.update)
     for batch in batches[:24]:
-        updates, t = update(jax.grad(loss)(q, batch), t, q)
+        updates, t = update(gradient(q, batch), t, q)
         q = optax.apply_updates(q, updates)
     close(p, q, 1e-4)
     close(metaopt.learned(s)["learning_rate"], metaopt.learned(t)["learning_rate"], 1e-4)
@@ -201,7 +202,7 @@ def test_fsdp_on_eight_devices_gives_the_same_numbers(make, mesh):
 def test_axis_name_sums_the_parts_of_split_parameters(mesh):
     """In shard_map each device holds a slice of the parameters; one psum gives every device the whole signal."""
     params, xs, loss = big()
-    gradients = [jax.grad(loss)(params, x) for x in xs[:3]]
+    gradients = [jax.jit(jax.grad(loss))(params, x) for x in xs[:3]]
     options = dict(learning_rate=learn(0.1), by=optax.sgd(0.1), guards=Guards(max_move=0.05))
     whole, parts = hyper(optax.sgd, **options), hyper(optax.sgd, axis_name="fsdp", **options)
 
@@ -219,7 +220,9 @@ def test_axis_name_sums_the_parts_of_split_parameters(mesh):
         check_vma=False,
     )
     np.testing.assert_allclose(
-        split(params, gradients), values(whole, params, gradients), rtol=1e-5
+        jax.jit(split)(params, gradients),
+        jax.jit(lambda p, g: values(whole, p, g))(params, gradients),
+        rtol=1e-5,
     )
 
 
