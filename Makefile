@@ -14,7 +14,7 @@ reproduce: $(VENV)/base  ## the three papers' effects on embedded data: tables, 
 	$(BIN)/python -m experiments.reproduce
 
 test: $(VENV)/dev  ## all tests that need no torch
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not peers and not aot"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=12 -m "not peers and not aot"
 
 test-fast: $(VENV)/dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not multiproc and not peers and not aot"

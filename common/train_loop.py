@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from common.checkpoint import Checkpointer
+from common.config import ConfigError
+from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
 from common.metrics import compute
 from common.profiling import ProfileWindow, annotate
@@ -92,6 +94,13 @@ class Ledger:
         self._since = now
 
 
+def _check_data(workdir: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    try:
+        check_fingerprint(saved.get("data", {}), now.get("data", {}))
+    except ValueError as error:
+        raise ConfigError(f"{workdir}: {error}") from error
+
+
 def train(
     recipe: Recipe,
     spec: TrainSpec,
@@ -103,20 +112,19 @@ def train(
     workdir: Path,
     meta: Mapping[str, Any],
     evals: Mapping[str, EvalFn] | None = None,
-    on_restore: Callable[[int, dict], None] = lambda step, meta: None,
 ) -> tuple[Any, dict[str, float]]:
     """Trains to `spec.steps` and returns (final state, ledger seconds).
 
     Args:
       batches: from a start step to an endless iterator of device batches (already sharded).
       open_writer: from the restored step (-1: none) to the writer of rows, which drops rows after that step.
-      meta: JSON saved with every checkpoint.
+      meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
       evals: name -> function of the state, run every `eval_every` steps and at the end.
-      on_restore: called with the restored step and its meta, before any step; raises to refuse them.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
       Preempted: after SIGTERM; the state is saved.
+      ConfigError: the checkpoint was trained on other data.
     """
     ledger = Ledger()
     abstract, sharding = state_shardings(recipe, mesh)
@@ -126,7 +134,7 @@ def train(
     else:
         state, saved_meta = restored
         start = int(state.step)
-        on_restore(start, saved_meta)
+        _check_data(workdir, saved_meta, meta)
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
 

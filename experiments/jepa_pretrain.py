@@ -21,7 +21,6 @@ from common.config import ConfigError
 from common.data import (
     LoaderSpec,
     Source,
-    check_fingerprint,
     fingerprint,
     open_source,
     prefetch_to_device,
@@ -98,12 +97,6 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             else None,
         )
 
-    def on_restore(step: int, meta: dict) -> None:
-        try:
-            check_fingerprint(meta["data"], data_print)
-        except ValueError as error:
-            raise ConfigError(f"{workdir}: {error}") from error
-
     try:
         with Checkpointer(workdir / "checkpoints", keep) as saver:
             state, _ = train(
@@ -116,7 +109,6 @@ def run(values: dict[str, Any], workdir: Path) -> int:
                 workdir=workdir,
                 meta={"config": settings.values, "data": data_print},
                 evals={"eval": online_monitor(settings, mesh, source, test_source)},
-                on_restore=on_restore,
             )
     except Preempted as stop:
         log.warning("%s; start the same command again to continue", stop)

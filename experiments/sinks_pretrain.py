@@ -22,7 +22,6 @@ from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
     array_source,
-    check_fingerprint,
     fingerprint,
     prefetch_to_device,
     train_batches,
@@ -198,12 +197,6 @@ def _train(
             train_batches(source, loader, start_step=start), batch_sharding(mesh)
         )
 
-    def on_restore(step: int, meta: dict) -> None:
-        try:
-            check_fingerprint(meta["data"], data_print)
-        except ValueError as error:
-            raise ConfigError(f"{workdir}: {error}") from error
-
     def open_writer(step: int):
         return make_writer(
             workdir,
@@ -224,7 +217,6 @@ def _train(
                 checkpointer=saver,
                 workdir=workdir,
                 meta={"data": data_print},
-                on_restore=on_restore,
             )
     finally:
         if (workdir / "metrics.jsonl").exists():
