@@ -199,14 +199,14 @@ def test_the_world_has_not_changed():
     """Recorded labels: a change here needs a new version of the dataset."""
     drawn = [tuple(labels(sample_scene(0, index)).values()) for index in range(8)]
     expected = [
-        (0, 1, 1),
+        (0, 0, 1),
         (7, 5, 2),
         (4, 1, 1),
         (0, 3, 1),
-        (7, 3, 1),
+        (7, 4, 2),
         (3, 3, 0),
-        (4, 3, 1),
-        (6, 2, 2),
+        (4, 4, 1),
+        (6, 4, 2),
     ]
     assert drawn == expected
 
@@ -279,7 +279,7 @@ def test_an_interrupted_preparation_is_not_taken_for_a_complete_one(tmp_path, mo
 
     # What a kill leaves behind: the folder under its temporary name.
     config = builder.scene_config(4, 1)
-    (tmp_path / "scenes" / config.name / "incomplete.ABCDEF_1.0.0").mkdir(parents=True)
+    (tmp_path / "scenes" / config.name / "incomplete.ABCDEF_2.0.0").mkdir(parents=True)
     monkeypatch.setattr(builder, "example", example)
     builder.prepare(tmp_path, train=4, test=1, workers=1, progress=False)
     source = builder.Scenes(data_dir=tmp_path, config=config).as_data_source(split="train")

@@ -74,7 +74,7 @@ def scene_config(
 class Scenes(tfds.core.GeneratorBasedBuilder):
     """CLEVR-like scenes; `config` is a name, a `SceneConfig`, or None for the default sizes."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS: ClassVar[list[SceneConfig]] = [DEFAULT]
     workers: int | None = None
     progress: bool = True

@@ -27,7 +27,7 @@ from common.datasets.scenes.render import (
 MIN_OBJECTS, MAX_OBJECTS = 3, 10
 SHAPES = ("cube", "sphere", "cylinder")
 # Camera to centre of the nearest object, in scene units: sextiles of 5,000 scenes, rounded.
-DISTANCE_EDGES = (7.1, 7.8, 8.5, 9.3, 10.1)
+DISTANCE_EDGES = (7.6, 8.5, 9.4, 10.2, 11.1)
 MIN_PIXELS = 12  # of every object in the 64x64 frame
 MIN_VISIBLE = 0.4  # share of an object's outline that nothing hides
 GAP = 0.12  # least distance between footprints on the ground
@@ -83,13 +83,20 @@ def _distance(camera: Camera, obj: Object) -> float:
 def _propose(rng: np.random.Generator, count: int) -> Scene | None:
     """Draws everything once; None where the objects found no room."""
     u = rng.uniform
+    # From near to far and low to high, aimed somewhat off: where in the frame the nearest object
+    # stands says little about its distance, how large things look says more.
+    reach, elevation, azimuth = u(8.0, 14.0), u(0.45, 0.9), u(-0.1, 0.1)
     camera = Camera(
-        position=(u(-0.6, 0.6), u(-9.0, -8.2), u(4.4, 5.6)),
-        target=(u(-0.5, 0.5), u(0.4, 1.6), u(0.2, 0.6)),
-        tan_half=u(0.41, 0.46),
-        roll=u(-0.04, 0.04),
+        position=(
+            reach * math.cos(elevation) * math.sin(azimuth),
+            -reach * math.cos(elevation) * math.cos(azimuth),
+            reach * math.sin(elevation),
+        ),
+        target=(u(-0.5, 0.5), u(-0.5, 0.5), u(-0.2, 1.0)),
+        tan_half=u(0.40, 0.48),
+        roll=u(-0.06, 0.06),
     )
-    objects = _place(rng, camera, count)
+    objects = _place(rng, camera, count, reach / 10)
     if objects is None:
         return None
     elevation, azimuth = u(0.55, 1.15), u(0, 2 * math.pi)
@@ -114,10 +121,12 @@ def _propose(rng: np.random.Generator, count: int) -> Scene | None:
     return Scene(objects, camera, light, backdrop)
 
 
-def _place(rng: np.random.Generator, camera: Camera, count: int) -> tuple[Object, ...] | None:
+def _place(
+    rng: np.random.Generator, camera: Camera, count: int, spread: float
+) -> tuple[Object, ...] | None:
     """Throws objects onto the ground until `count` lie free; None after too many throws."""
     u = rng.uniform
-    front, back = u(-4.2, 1.2), u(2.5, 5.5)
+    front, back = u(-2.5, -1.0) * spread, u(2.5, 5.5) * spread
     scale = u(0.85, 1.15)  # sizes vary by scene, so that covered area does not give the count
     hues = rng.permutation(HUES).tolist()
     placed: list[tuple[Object, Circle]] = []
@@ -125,7 +134,7 @@ def _place(rng: np.random.Generator, camera: Camera, count: int) -> tuple[Object
         shape, size, x, y, yaw, hue, saturation, value, metal, gloss = draw
         obj = Object(
             shape=SHAPES[int(shape * len(SHAPES))],
-            size=scale * _lerp(0.5, 0.85, size),
+            size=scale * _lerp(0.7, 0.95, size),
             x=_lerp(-5.0, 5.0, x),
             # The first lies at the front, so that more objects do not mean nearer objects.
             y=_lerp(front, back, y) if placed else front,
@@ -158,7 +167,7 @@ def _fits(obj: Object, circle: Circle, placed: list[tuple[Object, Circle]]) -> b
     for other, (other_u, other_v, other_radius) in placed:
         if math.hypot(obj.x - other.x, obj.y - other.y) < obj.footprint + other.footprint + GAP:
             return False
-        if math.hypot(u - other_u, v - other_v) < 0.5 * (radius + other_radius):
+        if math.hypot(u - other_u, v - other_v) < 0.45 * (radius + other_radius):
             return False
     return True
 
