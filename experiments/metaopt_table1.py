@@ -14,7 +14,7 @@ from rich.table import Table
 from common.config import ConfigError, build
 from common.results import append_row, make_row, read_rows
 from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
-from experiments.metaopt_job import TaskSettings, mlp
+from experiments.metaopt_job import TaskSettings, check_batch, open_task
 from metaopt import paper
 
 log = logging.getLogger("triptych")
@@ -82,10 +82,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
     settings = build(TaskSettings, values["task"], "config.task.")
     spec = build(GridSpec, values["grid"], "config.grid.")
-    try:
-        task = mlp(settings)
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(str(error)) from error
+    task = open_task(settings)
+    check_batch(task, spec)
     known = {row.name: row for row in ROWS}
     if unknown := [name for name in values["rows"] if name not in known]:
         raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
@@ -132,7 +130,7 @@ def _train(
                 config=values["name"],
                 metrics=metrics,
                 seeds=spec.seeds,
-                steps=epochs * (len(task.train["x"]) // spec.batch),
+                steps=epochs * task.steps(spec.batch),
                 wall_seconds=time.perf_counter() - began,
                 resolved=values,
                 overrides={"row": name},
