@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from common.plots import COLORS
 from common.results import ResultRow
@@ -41,10 +42,12 @@ def draw(
 
 def over_time(workdir: Path, methods: Sequence[str], rates: Sequence[float], score: str) -> Figure:
     """Curves by epoch: quantities down, initial rates across, a line for each method."""
-    shown = (score, "train_loss", "learning_rate")
+    logs = {method: read_rows(workdir / method / "metrics.jsonl") for method in methods}
+    shown = [score, "train_loss"]
+    if any(key.startswith("learning_rate ") for log in logs.values() for key in log[-1]):
+        shown.append("learning_rate")
     figure, axes = _figure(len(shown), len(rates))
-    for method, (color, dash) in zip(methods, _styles(methods)):
-        curves = read_rows(workdir / method / "metrics.jsonl")
+    for (method, curves), (color, dash) in zip(logs.items(), _styles(methods)):
         for column, rate in zip(axes.T, rates):
             for ax, name in zip(column, shown):
                 key = f"{name} from {rate:g}"
@@ -56,9 +59,9 @@ def over_time(workdir: Path, methods: Sequence[str], rates: Sequence[float], sco
         column[-1].set(xlabel="epoch")
     for line, name in zip(axes, shown):
         line[0].set_ylabel(NAMES[name])
-        if name != score or score != "error":
-            for ax in line:
-                ax.set_yscale("symlog" if name == "learning_rate" else "log", **_near_zero(name))
+        for ax in line:
+            if name != "error":
+                _log(ax)
     _legend(figure, axes[0, 0], len(rates))
     return figure
 
@@ -79,7 +82,7 @@ def by_rate(rows: Sequence[ResultRow], methods: Sequence[str], score: str) -> Fi
         if own:
             ax.plot(*zip(*own), color=color, ls=dash, lw=1.3, marker="o", ms=3, label=method)
     ax.set(xscale="log", xlabel="initial rate", ylabel=NAMES[score])
-    ax.set_yscale("log")
+    _log(ax)
     _legend(figure, ax, 2)
     return figure
 
@@ -93,7 +96,7 @@ def _figure(
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(labelsize=7, which="both")
     return figure, axes
 
 
@@ -111,9 +114,17 @@ def _natural(name: str, value: float) -> float:
     return value if np.isfinite(value) and abs(value) < 1e6 else np.nan
 
 
-def _near_zero(name: str) -> dict[str, float]:
-    """A raw rate may turn negative (spec 1.3): linear below what any run needs."""
-    return {"linthresh": 1e-8} if name == "learning_rate" else {}
+def _log(ax: Axes) -> None:
+    """A logarithmic axis with plain numbers, also where it spans less than a decade.
+
+    Linear below 1e-8 where a value is not positive: a raw rate may turn negative (spec 1.3).
+    """
+    if any(np.nanmin(line.get_ydata()) <= 0 for line in ax.lines):
+        ax.set_yscale("symlog", linthresh=1e-8)
+        return
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(LogFormatter())
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def _legend(figure: Figure, ax: Axes, columns: int) -> None:
