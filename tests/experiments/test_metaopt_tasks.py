@@ -10,10 +10,12 @@ import pytest
 
 from common.config import ConfigError
 from common.nn.module import define
+from common.results import make_row
 from experiments.metaopt_gpt import GPT
 from experiments.metaopt_grid import GridSpec, run_grid
 from experiments.metaopt_job import TaskSettings, check_batch, open_task
 from experiments.metaopt_methods import METHODS
+from experiments.metaopt_pictures import by_rate, draw
 from experiments.metaopt_resnet import Normalizer, ResNet, augment
 from experiments.metaopt_text import LSTM, CharRNN, windows
 
@@ -244,3 +246,27 @@ def test_towers_of_the_figures_learn(name, learns, tmp_path):
     for cell in cells:
         assert cell.finite and learns <= cell.learned.keys()
         assert cell.learned["learning_rate"] != pytest.approx(cell.rate, rel=1e-7)
+
+
+def test_many_rates_are_drawn_by_rate(tmp_path):
+    """One line for each method, with a gap where a run diverged; no curves are read."""
+    rates = tuple(10.0**k for k in range(-7, 2))
+    rows = [
+        make_row(
+            job="metaopt_grid",
+            config="robustness",
+            metrics={"error": 0.9 / (i + 1), "diverged": float(method == "adam" and i > 6)},
+            seeds=[0],
+            steps=1,
+            wall_seconds=1.0,
+            overrides={"method": method, "initial_rate": rate},
+        )
+        for method in ("adam", "sgd")
+        for i, rate in enumerate(rates)
+    ]
+    figure = by_rate(rows, ("adam", "sgd", "dog"), "error")
+    adam, sgd = figure.axes[0].lines
+    assert np.isfinite(adam.get_ydata()).sum() == 7 and np.isfinite(sgd.get_ydata()).all()
+    assert sgd.get_ydata()[0] == pytest.approx(90)
+    path = draw(tmp_path, rows, ("adam", "sgd"), GridSpec(1, 1, rates), "error")
+    assert path.stat().st_size > 10_000
