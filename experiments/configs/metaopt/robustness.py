@@ -4,8 +4,8 @@
   python -m experiments.launch --config=experiments/configs/metaopt/robustness.py:task=charrnn --workdir=runs/charrnn_robust
 
 Methods without a learning rate sweep their own initial guess (spec 6.3). MNIST is always whole, an hour on two cores. The
-other tasks train on a part of their data from every second rate, two to three hours on a core; `full` is every rate and all
-data, for accelerators. Texts: see charrnn.py.
+other tasks train on a part of their data from every second rate (CIFAR-10 with a ResNet-8), two to three hours on a core;
+`full` is every rate and all data, for accelerators. Texts: see charrnn.py.
 
 Arguments: task=mnist, cifar10, charrnn or gpt; full; smoke; epochs=N; seeds=N.
 """
@@ -18,10 +18,10 @@ METHODS = (
     "metaoptimize", "prodigy", "dadapt_adamw", "mechanic(adam)", "schedule_free", "dog", "momo_adam",
 )  # fmt: skip
 RATES = tuple(10.0**k for k in range(-7, 2))
-SMALL = {  # examples, epochs: 200, 800 and 640 steps
-    "cifar10": (5120, 5),
-    "charrnn": (10_000, 4),
-    "gpt": (5120, 4),
+SMALL = {  # task settings, epochs: 150, 800 and 640 steps
+    "cifar10": ({"depth": 8, "examples": 3840}, 5),
+    "charrnn": ({"examples": 10_000}, 4),
+    "gpt": ({"examples": 5120}, 4),
 }
 FULL = {"mnist": 10, "cifar10": 50, "charrnn": 10, "gpt": 10}  # epochs
 
@@ -33,7 +33,8 @@ def get_config(arg: str = ""):
     config.methods = METHODS
     config.grid.update(epochs=FULL[args.task], rates=RATES, seeds=tuple(range(args.seeds)))
     if args.task in SMALL and not args.full:
-        config.task.examples, config.grid.epochs = SMALL[args.task]
+        settings, config.grid.epochs = SMALL[args.task]
+        config.task.update(settings)
         config.grid.rates = RATES[::2]
     if args.epochs:
         config.grid.epochs = args.epochs
