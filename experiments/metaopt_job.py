@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,17 +138,63 @@ def run_method(
     return [row for row in read_rows(path) if row.overrides["method"] == method.name]
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How far a method falls behind the best run of all, over its initial rates (spec 6.3).
+
+    Attributes:
+      worst, mean: largest and geometric mean of score / best score; infinite where a run diverged.
+      diverged: share of its runs.
+    """
+
+    worst: float
+    mean: float
+    diverged: float
+
+
+def gaps(rows: list[ResultRow], score: str) -> dict[str, Gap]:
+    """By method. The best score is that of the best method from its best initial rate."""
+    scores: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        value, diverged = row.metrics[score], row.metrics["diverged"]
+        bad = diverged > 0 or not math.isfinite(value)
+        scores.setdefault(row.overrides["method"], []).append(math.inf if bad else value)
+        shares.setdefault(row.overrides["method"], []).append(diverged)
+    best = max(min(map(min, scores.values())), 1e-12)
+    return {
+        method: Gap(
+            max(values) / best,
+            math.exp(statistics.fmean(math.log(max(value, 1e-12) / best) for value in values)),
+            statistics.fmean(shares[method]),
+        )
+        for method, values in scores.items()
+    }
+
+
+def wide_console() -> Console:
+    """A log has no width of its own: tables keep theirs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 def show(rows: list[ResultRow], title: str, score: str = "error") -> None:
-    """Prints a table, methods down, initial rates across; a star marks runs that diverged."""
+    """Prints a table, methods down, initial rates across; a star marks runs that diverged.
+
+    The last columns say how many times the best score of the table the method's worst and mean are.
+    """
     rates = sorted({row.overrides["initial_rate"] for row in rows})
     table = Table(title=title)
     table.add_column("method")
     for rate in rates:
         table.add_column(f"{rate:g}", justify="right")
-    for method in dict.fromkeys(row.overrides["method"] for row in rows):
+    for column in ("worst", "mean"):
+        table.add_column(column, justify="right")
+    for method, gap in gaps(rows, score).items():
         by_rate = {r.overrides["initial_rate"]: r for r in rows if r.overrides["method"] == method}
-        table.add_row(method, *[_cell(by_rate.get(rate), score) for rate in rates])
-    Console().print(table)
+        cells = [_cell(by_rate.get(rate), score) for rate in rates]
+        table.add_row(method, *cells, f"{gap.worst:.3g} x", f"{gap.mean:.3g} x")
+    wide_console().print(table)
 
 
 def _cell(row: ResultRow | None, score: str) -> str:

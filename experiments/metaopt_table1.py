@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import optax
-from rich.console import Console
 from rich.table import Table
 
 from common.config import ConfigError, build
 from common.results import append_row, make_row, read_rows
 from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
-from experiments.metaopt_job import TaskSettings, check_batch, open_task
+from experiments.metaopt_job import TaskSettings, check_batch, open_task, wide_console
 from metaopt import paper
 
 log = logging.getLogger("triptych")
@@ -156,7 +155,7 @@ def _show(rows: list[Row], workdir: Path) -> None:
             row.name, _percent(metrics), f"{row.paper:.2f}", learned,
             _percent(again) if again else "", f"{row.paper_rerun:.2f}" if row.paper_rerun else "",
         )  # fmt: skip
-    Console().print(table)
+    wide_console().print(table)
 
 
 def _percent(metrics: dict[str, float]) -> str:

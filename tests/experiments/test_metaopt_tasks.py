@@ -13,7 +13,7 @@ from common.nn.module import define
 from common.results import make_row
 from experiments.metaopt_gpt import GPT
 from experiments.metaopt_grid import GridSpec, run_grid
-from experiments.metaopt_job import TaskSettings, check_batch, open_task
+from experiments.metaopt_job import TaskSettings, check_batch, gaps, open_task, show
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_pictures import by_rate, draw
 from experiments.metaopt_resnet import Normalizer, ResNet, augment
@@ -248,19 +248,43 @@ def test_towers_of_the_figures_learn(name, learns, tmp_path):
         assert cell.learned["learning_rate"] != pytest.approx(cell.rate, rel=1e-7)
 
 
+def grid_row(method: str, rate: float, error: float, diverged: bool = False):
+    return make_row(
+        job="metaopt_grid",
+        config="robustness",
+        metrics={"error": error, "diverged": float(diverged)},
+        seeds=[0],
+        steps=1,
+        wall_seconds=1.0,
+        overrides={"method": method, "initial_rate": rate},
+    )
+
+
+def test_gaps_are_to_the_best_run_of_all(capsys):
+    rows = [
+        grid_row("steady", 1e-3, 0.04),
+        grid_row("steady", 1.0, 0.04),
+        grid_row("tuned", 1e-3, 0.02),
+        grid_row("tuned", 1.0, 0.08),
+        grid_row("wild", 1e-3, 0.02),
+        grid_row("wild", 1.0, 0.9, diverged=True),
+        grid_row("lost", 1e-3, float("nan")),
+    ]
+    found = gaps(rows, "error")
+    assert (found["steady"].worst, found["steady"].mean) == pytest.approx((2, 2))
+    assert (found["tuned"].worst, found["tuned"].mean) == pytest.approx((4, 2))
+    assert found["tuned"].diverged == 0 and found["wild"].diverged == 0.5
+    assert found["wild"].worst == found["wild"].mean == found["lost"].worst == np.inf
+    show(rows, "title")
+    printed = capsys.readouterr().out
+    assert "90.00 %*" in printed and "2 x" in printed and "inf x" in printed
+
+
 def test_many_rates_are_drawn_by_rate(tmp_path):
     """One line for each method, with a gap where a run diverged; no curves are read."""
     rates = tuple(10.0**k for k in range(-7, 2))
     rows = [
-        make_row(
-            job="metaopt_grid",
-            config="robustness",
-            metrics={"error": 0.9 / (i + 1), "diverged": float(method == "adam" and i > 6)},
-            seeds=[0],
-            steps=1,
-            wall_seconds=1.0,
-            overrides={"method": method, "initial_rate": rate},
-        )
+        grid_row(method, rate, 0.9 / (i + 1), method == "adam" and i > 6)
         for method in ("adam", "sgd")
         for i, rate in enumerate(rates)
     ]
