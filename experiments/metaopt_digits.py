@@ -45,7 +45,7 @@ def run(workdir: Path, methods: Sequence[str] = tuple(SHOWN), spec: GridSpec = S
     """
     workdir.mkdir(parents=True, exist_ok=True)
     task = mlp_task("digits", hidden=32)
-    values = {"name": "metaopt_digits", "task": TaskSettings("mlp", "digits", "", 32, 0).__dict__}
+    values = {"name": "metaopt_digits", "task": TaskSettings("mlp", "digits", hidden=32).__dict__}
     for name in methods:
         run_method(task, METHODS[name], spec, workdir, values, job="metaopt_digits")
     rows = read_rows(workdir / "results.jsonl")

@@ -1,12 +1,15 @@
 """Grids of small trainings: one method from many initial rates and seeds, as one jitted program.
 
-Every cell of the grid is a training run of its own; `vmap` runs them side by side on the same batches, so that a method's
-whole row costs about as much as its longest member. State is saved as it goes: a grid that was stopped continues.
+Every cell of the grid is a training run of its own, on the same batches as the other rates of its seed. `vmap` runs the
+cells of a small task side by side; those of a large one take turns, step by step. State is saved as it goes: a grid that was
+stopped continues.
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ class Task:
     Attributes:
       init: key -> params.  loss: (params, batch, key) -> scalar.  score: params -> test scores, the lower the better; the
         first one is the task's own ("error", "perplexity").  train: arrays [N, ...].
+      side_by_side: whether cells run under `vmap`. Convolutions, each with a kernel of its own, are slow so.
     """
 
     name: str
@@ -37,6 +41,14 @@ class Task:
     loss: Callable[[Any, dict, jax.Array], jax.Array]
     score: Callable[[Any], dict[str, jax.Array]]
     train: dict[str, np.ndarray]
+    side_by_side: bool = True
+
+    def steps(self, batch: int) -> int:
+        """Of an epoch. Raises ValueError where there is none."""
+        n = len(next(iter(self.train.values())))
+        if n < batch:
+            raise ValueError(f"batch={batch} is larger than the training set of {self.name}, {n}")
+        return n // batch
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,15 @@ class Method:
       in_state: whether all that depends on the rate is in the state that `init` makes, as it is for whatever metaopt
         learns. Otherwise the transformation is rebuilt around a traced rate.
       evaluated: (opt_state, params) -> the parameters to test, where those are not the trained ones.
+      schedule: part of the run in [0, 1) -> factor of the rate, which `make` is then given as an optax schedule (and
+        `in_state` is False).
     """
 
     name: str
     make: Callable[[Any], optax.GradientTransformation]
     in_state: bool = True
     evaluated: Callable[[Any, Any], Any] = lambda state, params: params
+    schedule: Callable[[jax.Array], jax.Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,18 +106,24 @@ class Cell:
 
 def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[Cell]:
     """Trains every (seed, rate) and returns the cells in that order; rows per epoch go to `workdir`/metrics.jsonl."""
-    steps = len(next(iter(task.train.values()))) // spec.batch
-    if not steps:
-        raise ValueError(f"batch={spec.batch} is larger than the training set of {task.name}")
+    steps = task.steps(spec.batch)
     train = jax.tree.map(jnp.asarray, task.train)
     rates, keys = (
         jnp.asarray(spec.rates, jnp.float32),
         jnp.stack([jax.random.key(s) for s in spec.seeds]),
     )
+    each = _side_by_side if task.side_by_side else _in_turn
     shared = method.make(spec.rates[0]) if method.in_state else None
 
     def transformation(rate) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(shared if shared is not None else method.make(rate))
+        if shared is not None:
+            return optax.with_extra_args_support(shared)
+        if method.schedule is None:
+            return optax.with_extra_args_support(method.make(rate))
+        factor = method.schedule
+        return optax.with_extra_args_support(
+            method.make(lambda step: rate * factor(step / (steps * spec.epochs)))
+        )
 
     def init_seed(key):
         params = task.init(jax.random.fold_in(key, 0))
@@ -113,38 +134,47 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
             states = jax.vmap(lambda rate: transformation(rate).init(params))(rates)
         return jax.tree.map(lambda p: jnp.stack([p] * len(rates)), params), states
 
-    def step_cell(rate, params, state, batch, key):
-        loss, grads = jax.value_and_grad(task.loss)(params, batch, key)
-        updates, state = transformation(rate).update(grads, state, params, value=loss)
-        return optax.apply_updates(params, updates), state, loss
-
-    def epoch_seed(key, params, state):
+    def train_seed(key, params, state, losses, first, last, train):
+        """Steps first..last-1 of the epoch that `key` shuffles, for every rate."""
         order = jax.random.permutation(jax.random.fold_in(key, 0), len(next(iter(train.values()))))
 
-        def step(carry, i):
+        def step(i, carry):
             rows = jax.lax.dynamic_slice_in_dim(order, i * spec.batch, spec.batch)
-            batch = jax.tree.map(lambda x: x[rows], train)
-            new = jax.vmap(step_cell, (0, 0, 0, None, None))(
-                rates, *carry, batch, jax.random.fold_in(key, i + 1)
-            )
-            return new[:2], new[2]
+            batch, now = jax.tree.map(lambda x: x[rows], train), jax.random.fold_in(key, i + 1)
 
-        (params, state), losses = jax.lax.scan(step, (params, state), jnp.arange(steps))
-        return params, state, losses.mean(0)
+            def step_cell(rate, params, state, total):
+                loss, grads = jax.value_and_grad(task.loss)(params, batch, now)
+                updates, state = transformation(rate).update(grads, state, params, value=loss)
+                return optax.apply_updates(params, updates), state, total + loss / steps
+
+            return each(step_cell, rates, *carry)
+
+        return jax.lax.fori_loop(first, last, step, (params, state, losses))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def advance(state, losses, number, first, last, train):
+        now = jax.vmap(lambda key: jax.random.fold_in(key, number + 1))(keys)
+        params, opt_state, losses = each(
+            lambda key, params, opt_state, losses: train_seed(
+                key, params, opt_state, losses, first, last, train
+            ),
+            now,
+            *state,
+            losses,
+        )
+        return (params, opt_state), losses
 
     @jax.jit
-    def epoch(state, number):
-        now = jax.vmap(lambda key: jax.random.fold_in(key, number + 1))(keys)
-        params, opt_state, losses = jax.vmap(epoch_seed)(now, *state)
-        scores = jax.vmap(jax.vmap(lambda s, p: task.score(method.evaluated(s, p))))(
-            opt_state, params
-        )
-        return (params, opt_state), {"train_loss": losses, **scores}, _learned(opt_state)
+    def measure(state, losses):
+        test = lambda params, state: task.score(method.evaluated(state, params))  # noqa: E731
+        scores = each(lambda *cells: each(test, *cells), *state)
+        return {"scores": {"train_loss": losses, **scores}, "learned": _learned(state[1])}
 
     abstract = jax.eval_shape(jax.vmap(init_seed), keys)
+    none = jnp.zeros((len(keys), len(rates)))  # losses of an epoch's start
     with Checkpointer(workdir / "checkpoints") as saver, Progress(transient=True) as bar:
         restored = saver.restore(
-            _placed({"state": abstract, "last": _abstract_last(epoch, abstract)})
+            _placed({"state": abstract, "last": jax.eval_shape(measure, abstract, none)})
         )
         state, last, start = jax.jit(jax.vmap(init_seed))(keys), None, 0
         if restored is not None:
@@ -152,18 +182,39 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
             log.info("%s: continuing from epoch %d", method.name, start)
         writer = JsonlWriter(workdir / "metrics.jsonl")
         writer.resume_from(start if restored else -1)
-        shown = bar.add_task(f"{task.name}, {method.name}", total=spec.epochs, completed=start)
+        shown = bar.add_task(
+            f"{task.name}, {method.name}", total=spec.epochs * steps, completed=start * steps
+        )
+        count = 1  # steps between two signs of life
         for number in range(start, spec.epochs):
-            state, scores, values = epoch(state, number)
-            last = {"scores": scores, "learned": values}
+            losses, done = jnp.zeros_like(none), 0
+            while done < steps:
+                began, until = time.perf_counter(), min(done + count, steps)
+                state, losses = jax.block_until_ready(
+                    advance(state, losses, number, done, until, train)
+                )
+                done, count = until, _paced(until - done, time.perf_counter() - began)
+                bar.update(shown, completed=number * steps + done)
+            last = jax.block_until_ready(measure(state, losses))
             writer.write(number + 1, _row(spec, last))
-            bar.update(shown, completed=number + 1)
-            done = number + 1
-            if done % spec.save_every == 0 or done == spec.epochs:
-                saver.save(done, {"state": state, "last": last}, {"epoch": done})
+            if (number + 1) % spec.save_every == 0 or number + 1 == spec.epochs:
+                saver.save(number + 1, {"state": state, "last": last}, {"epoch": number + 1})
         writer.close()
     assert last is not None
     return _cells(spec, last, state[0])
+
+
+def _side_by_side(function: Callable, *stacked: Any) -> Any:
+    return jax.vmap(function)(*stacked)
+
+
+def _in_turn(function: Callable, *stacked: Any) -> Any:
+    return jax.lax.map(lambda cell: function(*cell), stacked)
+
+
+def _paced(steps: int, seconds: float) -> int:
+    """How many steps take about two seconds, after `steps` that took `seconds`; at most four times as many."""
+    return max(1, min(4 * steps, int(2 * steps / max(seconds, 1e-6))))
 
 
 def _learned(opt_state: Any) -> dict[str, jax.Array]:
@@ -171,11 +222,6 @@ def _learned(opt_state: Any) -> dict[str, jax.Array]:
         return {k: v for k, v in learned(opt_state).items() if "signal" not in k}
     except ValueError:  # nothing is
         return {}
-
-
-def _abstract_last(epoch: Callable, abstract: Any) -> Any:
-    _, scores, values = jax.eval_shape(epoch, abstract, 0)
-    return {"scores": scores, "learned": values}
 
 
 def _placed(tree: Any) -> Any:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,45 +16,78 @@ from rich.table import Table
 
 from common.config import ConfigError, build
 from common.results import ResultRow, append_row, make_row, read_rows
+from experiments.metaopt_gpt import gpt_task
 from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_mlp import mlp_task
+from experiments.metaopt_pictures import draw
+from experiments.metaopt_resnet import resnet_task
+from experiments.metaopt_text import charrnn_task
 
 log = logging.getLogger("triptych")
 
 
 @dataclass(frozen=True)
 class TaskSettings:
+    """What is trained on what.
+
+    Attributes:
+      data: a labelled data set of images (common.data.open_source), or where a text lies (sinks.text.documents).
+      data_dir: of TFDS.
+      hidden: units of the mlp and the charrnn, channels of the resnet's first stage, width of the gpt.
+      depth: layers of the resnet, charrnn and gpt.  length: of a window of text, in characters.
+      examples: images, or windows of text, at most; 0 = all.
+    """
+
     kind: str
     data: str
-    data_dir: str
-    hidden: int
-    examples: int
+    data_dir: str = ""
+    hidden: int = 128
+    depth: int = 0
+    length: int = 0
+    examples: int = 0
 
 
-def mlp(settings: TaskSettings) -> Task:
-    """The paper's MLP on the images that the settings name."""
-    return mlp_task(settings.data, settings.data_dir, settings.hidden, settings.examples)
+TASKS: dict[str, Callable[[TaskSettings], Task]] = {
+    "mlp": lambda s: mlp_task(s.data, s.data_dir, s.hidden, s.examples),
+    "resnet": lambda s: resnet_task(s.data, s.data_dir, s.hidden, s.depth, s.examples),
+    "charrnn": lambda s: charrnn_task(s.data, s.hidden, s.depth, s.length, s.examples),
+    "gpt": lambda s: gpt_task(s.data, s.hidden, s.depth, s.length, s.examples),
+}
 
 
-TASKS: dict[str, Callable[[TaskSettings], Task]] = {"mlp": mlp}
+def open_task(settings: TaskSettings) -> Task:
+    """The task with its data in memory. Raises ConfigError where they cannot be had, or the sizes do not fit."""
+    try:
+        return TASKS[settings.kind](settings)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"config.task: {error}") from error
 
 
 def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
     began = time.perf_counter()
     methods, spec, settings = resolve(values)
-    try:
-        task = TASKS[settings.kind](settings)
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(str(error)) from error
+    task = open_task(settings)
+    check_batch(task, spec)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     for method in methods:
         run_method(task, method, spec, workdir, values)
-    show(read_rows(workdir / "results.jsonl"), f"{values['name']}: test score by initial rate")
+    rows = read_rows(workdir / "results.jsonl")
+    score = next(iter(rows[0].metrics))
+    show(rows, f"{values['name']}: test {score} by initial rate", score)
+    log.info("drew %s", draw(workdir, rows, [method.name for method in methods], spec, score))
     log.info("done in %.1f minutes", (time.perf_counter() - began) / 60)
     return 0
+
+
+def check_batch(task: Task, spec: GridSpec) -> None:
+    """Raises ConfigError where the batch is larger than the training set."""
+    try:
+        task.steps(spec.batch)
+    except ValueError as error:
+        raise ConfigError(f"config.grid: {error}") from error
 
 
 def resolve(values: Mapping[str, Any]) -> tuple[list[Method], GridSpec, TaskSettings]:
@@ -94,7 +129,7 @@ def run_method(
             config=values["name"],
             metrics=summary(own),
             seeds=spec.seeds,
-            steps=spec.epochs * (len(next(iter(task.train.values()))) // spec.batch),
+            steps=spec.epochs * task.steps(spec.batch),
             wall_seconds=seconds / len(spec.rates),
             resolved={**values, "grid": dataclasses.asdict(spec)},
             overrides={"method": method.name, "initial_rate": rate},
@@ -103,17 +138,63 @@ def run_method(
     return [row for row in read_rows(path) if row.overrides["method"] == method.name]
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How far a method falls behind the best run of all, over its initial rates (spec 6.3).
+
+    Attributes:
+      worst, mean: largest and geometric mean of score / best score; infinite where a run diverged.
+      diverged: share of its runs.
+    """
+
+    worst: float
+    mean: float
+    diverged: float
+
+
+def gaps(rows: list[ResultRow], score: str) -> dict[str, Gap]:
+    """By method. The best score is that of the best method from its best initial rate."""
+    scores: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
+    for row in rows:
+        value, diverged = row.metrics[score], row.metrics["diverged"]
+        bad = diverged > 0 or not math.isfinite(value)
+        scores.setdefault(row.overrides["method"], []).append(math.inf if bad else value)
+        shares.setdefault(row.overrides["method"], []).append(diverged)
+    best = max(min(map(min, scores.values())), 1e-12)
+    return {
+        method: Gap(
+            max(values) / best,
+            math.exp(statistics.fmean(math.log(max(value, 1e-12) / best) for value in values)),
+            statistics.fmean(shares[method]),
+        )
+        for method, values in scores.items()
+    }
+
+
+def wide_console() -> Console:
+    """A log has no width of its own: tables keep theirs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
 def show(rows: list[ResultRow], title: str, score: str = "error") -> None:
-    """Prints a table, methods down, initial rates across; a star marks runs that diverged."""
+    """Prints a table, methods down, initial rates across; a star marks runs that diverged.
+
+    The last columns say how many times the best score of the table the method's worst and mean are.
+    """
     rates = sorted({row.overrides["initial_rate"] for row in rows})
     table = Table(title=title)
     table.add_column("method")
     for rate in rates:
         table.add_column(f"{rate:g}", justify="right")
-    for method in dict.fromkeys(row.overrides["method"] for row in rows):
+    for column in ("worst", "mean"):
+        table.add_column(column, justify="right")
+    for method, gap in gaps(rows, score).items():
         by_rate = {r.overrides["initial_rate"]: r for r in rows if r.overrides["method"] == method}
-        table.add_row(method, *[_cell(by_rate.get(rate), score) for rate in rates])
-    Console().print(table)
+        cells = [_cell(by_rate.get(rate), score) for rate in rates]
+        table.add_row(method, *cells, f"{gap.worst:.3g} x", f"{gap.mean:.3g} x")
+    wide_console().print(table)
 
 
 def _cell(row: ResultRow | None, score: str) -> str:

@@ -15,19 +15,27 @@ from experiments.metaopt_grid import Task
 def read_images(
     name: str, split: str, data_dir: str = "", examples: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels f32 [N, H*W] in [0, 1], labels i32 [N]) of a grey data set such as "digits" or "mnist"."""
+    """(pixels u8 [N, H, W, C], labels i32 [N]) of a labelled data set, at most `examples` of the split where that is not 0.
+
+    Raises ValueError or FileNotFoundError, with the remedy, where the data are not there or have no labels.
+    """
     source = open_source(name, split, data_dir or None)
+    if not {"image", "label"} <= source[0].keys():
+        fields = ", ".join(source[0])
+        raise ValueError(f"data {name!r} has no image with a label, but {fields}; try 'mnist'")
     n = min(examples, len(source)) if examples else len(source)
     bulk = getattr(source, "__getitems__", None)
     records = bulk(range(n)) if bulk else [source[i] for i in range(n)]
-    pixels = np.stack([r["image"][..., 0].reshape(-1) for r in records]).astype(np.float32) / 255
-    return pixels, np.array([r["label"] for r in records], np.int32)
+    labels = np.array([r["label"] for r in records], np.int32)
+    return np.stack([r["image"] for r in records]), labels
 
 
 def mlp_task(name: str, data_dir: str = "", hidden: int = 128, examples: int = 0) -> Task:
     """Classification by the paper's MLP; the score is the test error in [0, 1]."""
-    x, y = read_images(name, "train", data_dir, examples)
-    x_test, y_test = map(jnp.asarray, read_images(name, "test", data_dir, examples))
+    if hidden < 1:
+        raise ValueError(f"hidden={hidden}: the MLP has at least 1 hidden unit")
+    x, y = _flat(*read_images(name, "train", data_dir, examples))
+    x_test, y_test = map(jnp.asarray, _flat(*read_images(name, "test", data_dir)))
     widths = (x.shape[1], hidden, int(y.max()) + 1)
 
     def init(key: jax.Array) -> Any:
@@ -55,3 +63,10 @@ def mlp_task(name: str, data_dir: str = "", hidden: int = 128, examples: int = 0
         return {"error": (logits(params, x_test).argmax(-1) != y_test).mean()}
 
     return Task(name, init, loss, score, {"x": x, "y": y})
+
+
+def _flat(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels f32 [N, H*W] in [0, 1] (of grey images; [N, H*W*C] of coloured ones), and the labels."""
+    if (images == images[..., :1]).all():
+        images = images[..., :1]
+    return images.reshape(len(images), -1).astype(np.float32) / 255, labels

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import optax
-from rich.console import Console
 from rich.table import Table
 
 from common.config import ConfigError, build
 from common.results import append_row, make_row, read_rows
 from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
-from experiments.metaopt_job import TaskSettings, mlp
+from experiments.metaopt_job import TaskSettings, check_batch, open_task, wide_console
 from metaopt import paper
 
 log = logging.getLogger("triptych")
@@ -82,10 +81,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
     settings = build(TaskSettings, values["task"], "config.task.")
     spec = build(GridSpec, values["grid"], "config.grid.")
-    try:
-        task = mlp(settings)
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(str(error)) from error
+    task = open_task(settings)
+    check_batch(task, spec)
     known = {row.name: row for row in ROWS}
     if unknown := [name for name in values["rows"] if name not in known]:
         raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
@@ -132,7 +129,7 @@ def _train(
                 config=values["name"],
                 metrics=metrics,
                 seeds=spec.seeds,
-                steps=epochs * (len(task.train["x"]) // spec.batch),
+                steps=epochs * task.steps(spec.batch),
                 wall_seconds=time.perf_counter() - began,
                 resolved=values,
                 overrides={"row": name},
@@ -158,7 +155,7 @@ def _show(rows: list[Row], workdir: Path) -> None:
             row.name, _percent(metrics), f"{row.paper:.2f}", learned,
             _percent(again) if again else "", f"{row.paper_rerun:.2f}" if row.paper_rerun else "",
         )  # fmt: skip
-    Console().print(table)
+    wide_console().print(table)
 
 
 def _percent(metrics: dict[str, float]) -> str:

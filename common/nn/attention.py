@@ -16,7 +16,7 @@ def attention(
     q_BNHK: jax.Array,
     k_BMHK: jax.Array,
     v_BMHK: jax.Array,
-    valid_BM: jax.Array | None = None,
+    valid: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in the operands' type; scores and softmax in float32.
 
@@ -25,16 +25,18 @@ def attention(
 
     Args:
       compute: operand type of the products, "bfloat16" or "float32".
-      valid_BM: False marks keys that nothing may attend to; None: all are seen.
+      valid: False marks what may not be attended to: keys for all queries, [B, M], or for each, [B, N, M] ([1, N, M] for
+        the same in every example, such as the past). None: all are seen.
     """
-    return _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid_BM)[0]
+    return _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid)[0]
 
 
-def _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid_BM):
+def _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid):
     q, k, v = (x.astype(compute) for x in (q_BNHK, k_BMHK, v_BMHK))
     scores_BHNM = _einsum("BNHK,BMHK->BHNM", q, k) * q.shape[-1] ** -0.5
-    if valid_BM is not None:
-        scores_BHNM = jnp.where(valid_BM[:, None, None, :], scores_BHNM, -1e30)
+    if valid is not None:
+        by_query = valid if valid.ndim == 3 else valid[:, None]
+        scores_BHNM = jnp.where(by_query[:, None], scores_BHNM, -1e30)
     weights_BHNM = jax.nn.softmax(scores_BHNM, axis=-1).astype(compute)
     out_BNHK = _einsum("BHNM,BMHK->BNHK", weights_BHNM, v).astype(compute)
     like = tuple(jnp.zeros((), x.dtype) for x in (q_BNHK, k_BMHK, v_BMHK))

@@ -64,7 +64,10 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biased projections (ijepa spec 1.3), scores and softmax in float32."""
+    """Multi-head self-attention with biased projections (ijepa spec 1.3), scores and softmax in float32.
+
+    `valid`: see `common.nn.attention.attention`.
+    """
 
     def __init__(self, width: int, heads: int, policy: Policy, rngs: nnx.Rngs):
         if width % heads:
@@ -74,13 +77,13 @@ class Attention(nnx.Module):
         self.qkv = linear(width, 3 * width, policy, rngs)
         self.out = linear(width, width, policy, rngs)
 
-    def __call__(self, x_BND: jax.Array, valid_BN: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x_BND: jax.Array, valid: jax.Array | None = None) -> jax.Array:
         B, N, D = x_BND.shape
         H, K = self.heads, D // self.heads
         # Cast before splitting: it halves what moves.
         qkv_BNHK = self.policy.cast(self.qkv(x_BND)).reshape(B, N, 3 * H, K)
         q_BNHK, k_BNHK, v_BNHK = jnp.split(qkv_BNHK, 3, axis=2)
-        mixed_BNHK = attention(self.policy.compute, q_BNHK, k_BNHK, v_BNHK, valid_BN)
+        mixed_BNHK = attention(self.policy.compute, q_BNHK, k_BNHK, v_BNHK, valid)
         return self.out(mixed_BNHK.reshape(B, N, D))
 
 
@@ -104,6 +107,6 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(width, rngs=rngs)
         self.mlp = MLP(width, hidden, policy, rngs)
 
-    def __call__(self, x_BND: jax.Array, valid_BN: jax.Array | None = None) -> jax.Array:
-        x_BND = x_BND + self.attention(self.norm1(x_BND), valid_BN)
+    def __call__(self, x_BND: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        x_BND = x_BND + self.attention(self.norm1(x_BND), valid)
         return x_BND + self.mlp(self.norm2(x_BND))

@@ -35,9 +35,32 @@ def test_full_size_builds(name):
     values = config(name)
     assert values["name"] == name and values["job"] in JOBS
     methods, spec, settings = metaopt_job.resolve(values)
-    assert settings.data == "mnist" and spec.epochs >= 5
+    assert spec.epochs >= 5 and settings.examples == 0
     if values["job"] == "metaopt_grid":
-        assert len(methods) >= 5 and min(spec.rates) <= 1e-7 and max(spec.rates) >= 10
+        assert len(methods) >= 4 and len(spec.rates) >= 3
+    if settings.data == "mnist" and methods:
+        assert min(spec.rates) <= 1e-7 and max(spec.rates) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["charrnn", "cifar10_resnet20", "gpt", "robustness"])
+def test_smoke_trains_and_draws(name, tmp_path):
+    values = config(name, "smoke")
+    assert metaopt_job.run(values, tmp_path) == 0
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert len(rows) == 4 and (tmp_path / "grid.png").stat().st_size > 10_000
+    score = next(iter(rows[0].metrics))
+    assert score == ("perplexity" if values["task"]["kind"] in ("charrnn", "gpt") else "error")
+
+
+@pytest.mark.parametrize("task", ["mnist", "cifar10", "charrnn", "gpt"])
+def test_robustness_on_every_task(task):
+    small, full = config("robustness", f"task={task}"), config("robustness", f"task={task},full")
+    (_, spec, settings), (_, whole, _) = metaopt_job.resolve(small), metaopt_job.resolve(full)
+    assert set(spec.rates) <= set(whole.rates) and (min(spec.rates), max(spec.rates)) == (1e-7, 10)
+    assert full["task"]["examples"] == 0 and (settings.examples == 0) == (task == "mnist")
+    with pytest.raises(ConfigError, match="task='imagenet' is unknown; known: mnist, cifar10"):
+        config("robustness", "task=imagenet")
 
 
 def test_a_stopped_grid_continues_to_the_same_numbers(task, tmp_path):

@@ -1,26 +1,46 @@
-"""What the metaopt configs share: every setting of job "metaopt_grid"."""
+"""What the metaopt configs share: every setting of job "metaopt_grid", and its four tasks."""
 
 from ml_collections import ConfigDict
 
+from common.config import ConfigError
+
 DECADES = tuple(10.0**k for k in range(-8, 3))  # 1e-8 to 1e2, figure 4
+BOOK = "war_and_peace.txt"  # the whole book, in the folder where the run is started
+
+# What is trained, and its batch. See TaskSettings in experiments/metaopt_job.py.
+TASKS = {
+    "mnist": ({"kind": "mlp", "data": "mnist", "hidden": 128}, 256),
+    "cifar10": ({"kind": "resnet", "data": "cifar10", "hidden": 16, "depth": 20}, 128),
+    "charrnn": ({"kind": "charrnn", "data": BOOK, "hidden": 128, "depth": 2, "length": 50}, 50),
+    "gpt": ({"kind": "gpt", "data": BOOK, "hidden": 128, "depth": 4, "length": 64}, 32),
+}
+SMOKE = {
+    "mlp": {"data": "digits", "hidden": 8},
+    "resnet": {"data": "digits", "hidden": 4, "depth": 8},
+    "charrnn": {"data": "embedded", "hidden": 8, "length": 16},
+    "gpt": {"data": "embedded", "hidden": 32, "depth": 1, "length": 16},
+}
 
 
-def base() -> ConfigDict:
+def base(task: str = "mnist") -> ConfigDict:
     """The full tree of settings; configs change what differs."""
+    if task not in TASKS:
+        raise ConfigError(f"task={task!r} is unknown; known: {', '.join(TASKS)}")
+    settings, batch = TASKS[task]
     return ConfigDict(
         {
             "job": "metaopt_grid",
             "name": "",
             "task": {
-                "kind": "mlp",
-                "data": "mnist",
                 "data_dir": "",  # "" = TFDS_DATA_DIR
-                "hidden": 128,
+                "depth": 0,
+                "length": 0,
                 "examples": 0,  # of the training set; 0 = all
+                **settings,
             },
             "grid": {
                 "epochs": 30,
-                "batch": 256,
+                "batch": batch,
                 "rates": DECADES,
                 "seeds": (0,),
                 "save_every": 5,
@@ -31,8 +51,8 @@ def base() -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """Shrinks a config to seconds on the embedded digits, with the same code paths."""
-    config.task.update(data="digits", hidden=8, examples=256)
-    config.grid.update(epochs=2, batch=64, rates=(1e-3, 1.0), seeds=(0,), save_every=1)
+    """Shrinks a config to seconds on the embedded digits or text, with the same code paths."""
+    config.task.update(SMOKE[config.task.kind], examples=128)
+    config.grid.update(epochs=2, batch=32, rates=(1e-3, 1.0), seeds=(0,), save_every=1)
     config.methods = config.methods[:2]
     return config
