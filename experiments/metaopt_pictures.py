@@ -119,7 +119,7 @@ def _log(ax: Axes) -> None:
 
     Linear below 1e-8 where a value is not positive: a raw rate may turn negative (spec 1.3).
     """
-    if any(np.nanmin(line.get_ydata()) <= 0 for line in ax.lines):
+    if any((np.asarray(line.get_ydata()) <= 0).any() for line in ax.lines):
         ax.set_yscale("symlog", linthresh=1e-8)
         return
     ax.set_yscale("log")

@@ -21,6 +21,7 @@ from jepa.recipe import AddMasks
 def config(**optim):
     values = get_config("smoke")
     values.optim.update(auto=True, **optim)
+    values.model.update(depth=1, predictor_depth=1)
     return values
 
 
@@ -46,7 +47,8 @@ def test_eight_devices_learn_what_one_learns():
     one, rows = train(recipe, (1, 1, 1))
     eight, same = train(recipe, (2, 4, 1))
     assert rows[0]["lr"] == pytest.approx(recipe.optim.lr)
-    assert rows[-1]["lr"] != rows[0]["lr"] and rows[-1]["weight_decay"] != rows[0]["weight_decay"]
+    for name in ("lr", "weight_decay"):
+        assert len({row[name] for row in rows}) > 1, f"{name} moves"
     for a, b in zip(rows, same, strict=True):
         assert a == pytest.approx(b, rel=2e-3)
     kernel = eight.opt_state.memory.tangents["learning_rate"]["encoder"]["blocks"]["mlp"]["up"][
