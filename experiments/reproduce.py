@@ -19,7 +19,6 @@ from pathlib import Path
 
 from common.distributed import EXIT_PREEMPTED
 from common.host import keep_freed_memory
-from experiments.jobs import KNOWN_ERRORS
 
 # The quickest first: something to look at within a minute. By name, so that none loads before its turn.
 PARTS = {
@@ -50,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
+    from experiments.jobs import KNOWN_ERRORS  # loads libraries that would set logging up their way
+
     options = {"jepa": {"seeds": args.seeds, "epochs": args.epochs}}
 
     began, failed = time.perf_counter(), []
