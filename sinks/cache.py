@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from common.sharding import BATCH_AXES, Rules, shardings
 from sinks.config import ModelConfig
+from sinks.int8 import quantize
 from sinks.positions import ring_index
 
 RULES: Rules = {"batch": BATCH_AXES, "heads": "tensor", "layers": None}
@@ -182,7 +183,7 @@ def encode_kv(spec: CacheSpec, k: jax.Array, v: jax.Array) -> Layer:
     """Keys and values [..., K] as the ring stores them: {"k", "v"}, and with int8 {"k_scale", "v_scale"} [...]."""
     if not spec.int8:
         return {"k": k, "v": v}
-    (k, k_scale), (v, v_scale) = _quantize(k), _quantize(v)
+    (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
     return {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
 
 
@@ -192,13 +193,6 @@ def decode_kv(spec: CacheSpec, layer: Layer) -> tuple[jax.Array, jax.Array]:
         return layer["k"], layer["v"]
     k, v = ((layer[x] * layer[f"{x}_scale"][..., None]).astype(spec.dtype) for x in ("k", "v"))
     return k, v
-
-
-def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 [..., K] and float32 scale [...]: the largest feature of each vector becomes 127."""
-    scale = jnp.max(jnp.abs(x), -1).astype(jnp.float32) / 127
-    safe = jnp.where(scale == 0, 1, scale)[..., None].astype(x.dtype)
-    return jnp.round(x / safe).astype(jnp.int8), scale
 
 
 def update(cache: Cache, kept: Layer | tuple[Layer, ...], n_B: jax.Array) -> Cache:

@@ -67,17 +67,14 @@ def prepare(params: Params, *, stacked: bool | None = None, int8: bool = False) 
 
 def _as_rows(leaves: Params, int8: bool) -> Params:
     """Weights as Rows, those of one input joined; biases and norms as they are."""
-    names_of = {name: (name,) for name, p in leaves.items() if p.ndim == 2}
-    for names in JOINED:
-        if all(name in leaves for name in names):
-            names_of = {n: g for n, g in names_of.items() if n not in names} | {
-                "+".join(names): names
-            }
+    groups: list[tuple[str, ...]] = [names for names in JOINED if leaves.keys() >= set(names)]
+    joined = {name for names in groups for name in names}
+    groups += [(name,) for name, p in leaves.items() if p.ndim == 2 and name not in joined]
     out = {name: p for name, p in leaves.items() if p.ndim != 2}
-    for joined, names in names_of.items():
+    for names in groups:
         kernels = [leaves[name].T for name in names]
         rows = Rows(jnp.concatenate(kernels), sizes=tuple(map(len, kernels)))
-        out[joined] = rows.quantize() if int8 else rows
+        out["+".join(names)] = rows.quantize() if int8 else rows
     return out
 
 

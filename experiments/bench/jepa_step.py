@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.worker import run_worker
+from experiments.bench.worker import run_worker, write_row
 
 BATCH, IMAGE, PATCH, WIDTH, DEPTH, HEADS = 128, 32, 4, 192, 12, 3
 P_WIDTH, P_DEPTH, CONTEXT, TARGETS, TARGET = 96, 6, 12, 4, 12
@@ -159,8 +159,6 @@ def main(argv: list[str] | None = None) -> int:
 def _report(
     seconds: dict[str, list[float]], extra: dict[str, Any], args: argparse.Namespace
 ) -> None:
-    from common.results import append_row, make_row
-
     rate = {mode: BATCH / statistics.median(times) for mode, times in seconds.items()}
     peers = {mode: r for mode, r in rate.items() if mode.startswith("torch")}
     best_peer = max(peers.values(), default=0.0)
@@ -187,17 +185,7 @@ def _report(
             f"share_of_peak_{mode}": reached / facts["peak"],
         }
     if args.write:
-        row = make_row(
-            job="bench_jepa_step",
-            config="bench_jepa_step",
-            arg=peer,
-            metrics=metrics,
-            seeds=[0],
-            steps=args.steps * args.rounds,
-            wall_seconds=sum(map(sum, seconds.values())),
-        )
-        append_row(RESULTS, row)
-        print(f"wrote row {row.id}")
+        write_row(RESULTS, metrics, seconds, steps=args.steps * args.rounds, arg=peer)
 
 
 if __name__ == "__main__":

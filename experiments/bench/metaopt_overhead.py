@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.worker import write_row
+
 WIDTHS, BATCH = (784, 2048, 2048, 2048, 10), 256
 RESULTS = Path(__file__).parents[1] / "results" / "metaopt_overhead.jsonl"
 
@@ -173,19 +175,13 @@ def main(argv: list[str] | None = None) -> int:
             f"{name}: {middle:.3f} [{low:.3f}, {high:.3f}] of {to}; fastest steps {fastest:.3f}{extra}"
         )
     if args.write:
-        from common.results import append_row, make_row
-
-        row = make_row(
-            job="metaopt_overhead",
-            config="metaopt_overhead",
-            arg="original" if args.original else args.contenders,
-            metrics=metrics,
-            seeds=[0],
+        write_row(
+            RESULTS,
+            metrics,
+            seconds,
             steps=args.rounds,
-            wall_seconds=sum(map(sum, seconds.values())),
+            arg="original" if args.original else args.contenders,
         )
-        append_row(RESULTS, row)
-        print(f"wrote row {row.id}")
     return 0
 
 

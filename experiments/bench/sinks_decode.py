@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.worker import run_worker
+from experiments.bench.worker import run_worker, write_row
 
 CACHE, CHUNK, THREADS = 1024, 1024, 2
 SIZES: dict[str, Any] = dict(
@@ -163,8 +163,6 @@ def main(argv: list[str] | None = None) -> int:
 def _report(
     seconds: dict[str, list[float]], facts: dict[str, dict[str, Any]], args: argparse.Namespace
 ) -> None:
-    from common.results import append_row, make_row
-
     rate = {mode: 1 / statistics.median(times) for mode, times in seconds.items()}
     peer = max((r for mode, r in rate.items() if mode.startswith("hf")), default=0.0)
     load = os.getloadavg()[0]
@@ -184,16 +182,7 @@ def _report(
             line += f"  {100 * r / limit:4.0f} % of the memory limit {limit:.1f} ({bandwidth / 1e9:.1f} GB/s)"
         print(line)
     if args.write:
-        row = make_row(
-            job="bench_sinks_decode",
-            config="bench_sinks_decode",
-            metrics=metrics,
-            seeds=[0],
-            steps=args.steps * args.rounds,
-            wall_seconds=sum(map(sum, seconds.values())),
-        )
-        append_row(RESULTS, row)
-        print(f"wrote row {row.id}")
+        write_row(RESULTS, metrics, seconds, steps=args.steps * args.rounds)
 
 
 if __name__ == "__main__":

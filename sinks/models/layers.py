@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from common.nn.policy import Policy
 from common.sharding import Axes
+from sinks.int8 import quantize
 
 FEW = 8  # tokens up to which a product is bound by reading its weights
 
@@ -41,9 +42,8 @@ class Rows:
 
     def quantize(self) -> "Rows":
         """In 8 bits: each row's largest weight becomes 127."""
-        peak_F = jnp.max(jnp.abs(self.w_FD), 1).astype(jnp.float32)
-        scale_F = jnp.where(peak_F == 0, 1, peak_F) / 127
-        return Rows(jnp.round(self.w_FD / scale_F[:, None]).astype(jnp.int8), scale_F, self.sizes)
+        w_FD, scale_F = quantize(self.w_FD.astype(jnp.float32))
+        return Rows(w_FD, scale_F, self.sizes)
 
 
 def dense(x: jax.Array, w: jax.Array | Rows, bias_F: jax.Array | None = None) -> jax.Array:
