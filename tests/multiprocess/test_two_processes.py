@@ -21,6 +21,13 @@ jax.config.update("jax_num_cpu_devices", 2)
 distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 """
 
+REPORT = """
+def report(**found):
+    \"\"\"Into a file: the collectives library writes to stdout in pieces.\"\"\"
+    with open(sys.argv[3], "w") as file:
+        json.dump(found, file)
+"""
+
 PSUM = """
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -34,8 +41,7 @@ psum = jax.shard_map(lambda x: jax.lax.psum(x.sum(), "data"), mesh=mesh, in_spec
 weight = (x != 7).astype(np.float32)  # a padded row on the second process
 metrics = jax.jit(lambda x, w: {"x": mean(x, w)})(x, weight)
 distributed.barrier("done")
-print(json.dumps({"devices": jax.device_count(), "psum": float(jax.jit(psum)(x)),
-                  "mean": compute(metrics)["x"]}), flush=True)
+report(devices=jax.device_count(), psum=float(jax.jit(psum)(x)), mean=compute(metrics)["x"])
 """
 
 STOP = """
@@ -44,14 +50,14 @@ with distributed.PreemptionGuard() as guard:
     for step in range(10_000):
         if guard.reached(step):
             distributed.barrier("save")
-            print(json.dumps({"reached": step}), flush=True)
+            report(reached=step)
             sys.exit(distributed.EXIT_PREEMPTED)
         time.sleep(0.01)
 """
 
 
-def start(program):
-    """Starts the program as process 0 and 1 of a job of two."""
+def start(program, folder):
+    """Starts the program as process 0 and 1 of a job of two; each may `report` once."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
@@ -59,7 +65,7 @@ def start(program):
     env.pop("XLA_FLAGS", None)
     return [
         subprocess.Popen(
-            [sys.executable, "-c", JOIN + program, address, str(i)],
+            [sys.executable, "-c", JOIN + REPORT + program, address, str(i), folder / f"{i}.json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -79,22 +85,22 @@ def finish(processes):
     return outputs
 
 
-def last_line(output):
-    return json.loads([line for line in output.splitlines() if line.startswith("{")][-1])
+def reported(folder, i):
+    return json.loads((folder / f"{i}.json").read_text())
 
 
-def test_a_sum_and_a_mean_over_a_global_array():
-    processes = start(PSUM)
+def test_a_sum_and_a_mean_over_a_global_array(tmp_path):
+    processes = start(PSUM, tmp_path)
     outputs = finish(processes)
     for i, (process, (out, err)) in enumerate(zip(processes, outputs)):
         assert process.returncode == 0, err
         assert f"process {i} of 2: 2 of 4 devices (cpu)" in out
-        assert last_line(out) == {"devices": 4, "psum": 28.0, "mean": 3.0}
+        assert reported(tmp_path, i) == {"devices": 4, "psum": 28.0, "mean": 3.0}
 
 
 @pytest.mark.parametrize("which, signum", [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
-def test_a_signal_to_one_process_stops_both_at_the_same_step(which, signum):
-    processes = start(STOP)
+def test_a_signal_to_one_process_stops_both_at_the_same_step(which, signum, tmp_path):
+    processes = start(STOP, tmp_path)
     try:
         for process in processes:
             while "ready" not in (line := process.stdout.readline()):
@@ -103,7 +109,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(which, signum):
     finally:
         outputs = finish(processes)
     steps = []
-    for process, (out, err) in zip(processes, outputs):
+    for i, (process, (_, err)) in enumerate(zip(processes, outputs)):
         assert process.returncode == 75, err
-        steps.append(last_line(out)["reached"])
+        steps.append(reported(tmp_path, i)["reached"])
     assert steps[0] == steps[1] < 5000
