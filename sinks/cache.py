@@ -75,13 +75,15 @@ class Cache:
     """The state of B streams: a pytree to donate, save and shard.
 
     Attributes:
-      layers: {"sink_k", "sink_v" [B, G, S, K], "k", "v" [B, G, R, K]}, with int8 {"k_scale", "v_scale" [B, G, R]} too; every
-        array stacked over layers [L, ...], or a tuple of L such dicts (see `init`).
+      sinks: {"sink_k", "sink_v"}, [L, B, G, S, K].
+      ring: {"k", "v" [B, G, R, K]}, with int8 {"k_scale", "v_scale" [B, G, R]} too; every array stacked over layers
+        [L, ...], or a tuple of L such dicts (see `init`).
       length: tokens seen, int32 [B].
       evicted: tokens evicted in blocks beyond what streaming itself forgets, int32 [B] (sinks/policies.py).
     """
 
-    layers: Layer | tuple[Layer, ...]
+    sinks: Layer
+    ring: Layer | tuple[Layer, ...]
     length: jax.Array
     evicted: jax.Array
     spec: CacheSpec = field(metadata={"static": True})
@@ -93,19 +95,17 @@ def abstract(
     """The cache as shapes."""
     G, K, S, R = config.kv_heads, config.head_dim, spec.sinks, spec.recent
     dtype = jnp.dtype(spec.dtype)
-    lead = (config.depth, batch, G) if stacked else (batch, G)
-    ring_dtype = jnp.dtype(jnp.int8) if spec.int8 else dtype
-    shapes = {
-        "sink_k": ((*lead, S, K), dtype),
-        "sink_v": ((*lead, S, K), dtype),
-        "k": ((*lead, R, K), ring_dtype),
-        "v": ((*lead, R, K), ring_dtype),
-    }
+    rows = (config.depth, batch, G)
+    sink = jax.ShapeDtypeStruct((*rows, S, K), dtype)
+    lead = rows if stacked else rows[1:]
+    slot = jax.ShapeDtypeStruct((*lead, R, K), jnp.dtype(jnp.int8) if spec.int8 else dtype)
+    layer = {"k": slot, "v": slot}
     if spec.int8:
-        shapes |= {name: ((*lead, R), jnp.dtype(jnp.float32)) for name in ("k_scale", "v_scale")}
-    layer = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+        scale = jax.ShapeDtypeStruct((*lead, R), jnp.dtype(jnp.float32))
+        layer |= {"k_scale": scale, "v_scale": scale}
+    ring = layer if stacked else (layer,) * config.depth
     count = jax.ShapeDtypeStruct((batch,), jnp.dtype(jnp.int32))
-    return Cache(layer if stacked else (layer,) * config.depth, count, count, spec)
+    return Cache({"sink_k": sink, "sink_v": sink}, ring, count, count, spec)
 
 
 def init(
@@ -114,8 +114,8 @@ def init(
     """An empty cache for `batch` streams.
 
     Args:
-      stacked: layers on one leading axis, for `lax.scan` (small programs), or a tuple of layers (no slice is ever
-        copied, which on CPU halves the time of a token). Must match the parameters' blocks; default: what
+      stacked: the ring's layers on one leading axis, for `lax.scan` (small programs), or a tuple of them (no slice is
+        ever copied, which on CPU halves the time of a token). Must match the parameters' blocks; default: what
         `stream.prepare` chooses for the backend.
     """
     if stacked is None:
@@ -127,15 +127,16 @@ def init(
 def logical_axes(cache: Cache) -> Cache:
     """The logical axes of every array: rows over "batch", key heads over "heads"."""
 
-    def axes(leaf: Any, lead: tuple[str, ...]) -> tuple[str | None, ...]:
+    def axes(leaf: Any, *lead: str) -> tuple[str | None, ...]:
         names = (*lead, "batch", "heads")
         return names + (None,) * (leaf.ndim - len(names))
 
-    if isinstance(cache.layers, tuple):
-        layers = tuple({k: axes(v, ()) for k, v in layer.items()} for layer in cache.layers)
+    stacked = {x: axes(leaf, "layers") for x, leaf in cache.sinks.items()}
+    if isinstance(cache.ring, tuple):
+        ring = tuple({x: axes(leaf) for x, leaf in layer.items()} for layer in cache.ring)
     else:
-        layers = {k: axes(v, ("layers",)) for k, v in cache.layers.items()}
-    return replace(cache, layers=layers, length=("batch",), evicted=("batch",))
+        ring = {x: axes(leaf, "layers") for x, leaf in cache.ring.items()}
+    return replace(cache, sinks=stacked, ring=ring, length=("batch",), evicted=("batch",))
 
 
 def cache_shardings(cache: Cache, mesh: Mesh, rules: Rules = RULES) -> Cache:
@@ -195,17 +196,17 @@ def decode_kv(spec: CacheSpec, layer: Layer) -> tuple[jax.Array, jax.Array]:
     return k, v
 
 
-def update(cache: Cache, kept: Layer | tuple[Layer, ...], n_B: jax.Array) -> Cache:
-    """The cache after a chunk: `kept` is what attention returned for each layer, laid out like cache.layers."""
+def update(cache: Cache, kept: Layer, n_B: jax.Array) -> Cache:
+    """The cache after a chunk: `kept` is what attention returned for every layer, stacked."""
     S, start_B = cache.spec.sinks, cache.length
 
     def one_layer(old: Layer, new: Layer) -> Layer:
-        sinks = {name: new[name] for name in ("sink_k", "sink_v")}
-        ring = [name for name in old if name not in sinks]
-        return sinks | {x: write_ring(old[x], new[x], S, start_B, n_B) for x in ring}
+        return {x: write_ring(old[x], new[x], S, start_B, n_B) for x in old}
 
-    if isinstance(cache.layers, tuple):
-        layers = tuple(map(one_layer, cache.layers, kept))
+    if isinstance(cache.ring, tuple):
+        news = ({x: new[i] for x, new in kept.items()} for i in range(len(cache.ring)))
+        ring = tuple(map(one_layer, cache.ring, news))
     else:
-        layers = jax.vmap(one_layer)(cache.layers, kept)
-    return replace(cache, layers=layers, length=start_B + n_B)
+        ring = jax.vmap(one_layer)(cache.ring, kept)
+    sinks = {x: kept[x] for x in cache.sinks}
+    return replace(cache, sinks=sinks, ring=ring, length=start_B + n_B)

@@ -80,7 +80,7 @@ def _as_rows(leaves: Params, int8: bool) -> Params:
 
 def read(
     config: ModelConfig, params: Params, cache: Cache, tokens_BT: jax.Array, n_B: jax.Array
-) -> tuple[jax.Array, Layer | tuple[Layer, ...]]:
+) -> tuple[jax.Array, Layer]:
     """The last block's output [B, T, D] for T new tokens, and what `cache.update` has to write of them.
 
     Reading and writing can be two programs (`decode_step`): in one, the compiler copies the ring to be safe.
@@ -88,7 +88,7 @@ def read(
     x_BTD = models.family(config).embed(config, params, tokens_BT)
     T, dtype = tokens_BT.shape[1], x_BTD.dtype
     plan = make_plan(config, cache.spec, cache.length, cache.evicted, n_B, T, dtype)
-    return _run_blocks(config, params, cache.spec, plan, cache.layers, x_BTD)
+    return _run_blocks(config, params, cache.spec, plan, cache, x_BTD)
 
 
 def hidden(
@@ -128,7 +128,7 @@ def unembed(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     return models.family(config).unembed(config, params, x_BTD)
 
 
-def _run_blocks(config: ModelConfig, params: Params, spec: CacheSpec, plan, layers, x_BTD):
+def _run_blocks(config: ModelConfig, params: Params, spec: CacheSpec, plan, cache, x_BTD):
     block = models.family(config).block
 
     def one_block(x_BTD, p_and_layer):
@@ -141,16 +141,19 @@ def _run_blocks(config: ModelConfig, params: Params, spec: CacheSpec, plan, laye
             return mixed
 
         x_BTD = block(config, p, x_BTD, attend_here)
-        return x_BTD, kept if layers is not None else None
+        return x_BTD, kept if cache is not None else None
 
     blocks = params["blocks"]
     if isinstance(blocks, dict):
+        layers = None if cache is None else cache.sinks | cache.ring
         return jax.lax.scan(one_block, x_BTD, (blocks, layers))
     kept = []
-    for p_and_layer in zip(blocks, layers or (None,) * len(blocks)):
-        x_BTD, new = one_block(x_BTD, p_and_layer)
+    for i, p in enumerate(blocks):
+        layer = cache and {x: sinks[i] for x, sinks in cache.sinks.items()} | cache.ring[i]
+        x_BTD, new = one_block(x_BTD, (p, layer))
         kept.append(new)
-    return x_BTD, tuple(kept)
+    # Stacked, so that a step hands few arrays from program to program: each costs microseconds.
+    return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -223,7 +226,7 @@ def _draw(config, params, cache, token_B, key, sampling):
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(cache: Cache, kept: Layer | tuple[Layer, ...]) -> Cache:
+def _write(cache: Cache, kept: Layer) -> Cache:
     return update(cache, kept, jnp.ones_like(cache.length))
 
 
@@ -291,7 +294,7 @@ def check_stream(
         raise ValueError(f"the cache holds {batch} streams, got {len(rows)} rows of tokens")
     if not any(len(row) for row in rows):
         raise ValueError("an empty text: give at least one token, such as the tokenizer's bos_id")
-    if isinstance(params["blocks"], dict) != isinstance(cache.layers, dict):
+    if isinstance(params["blocks"], dict) != isinstance(cache.ring, dict):
         raise ValueError(
             "parameters and cache are laid out differently: use stream.prepare(params) with cache.init(...), or the "
             "same `stacked` for both"

@@ -44,8 +44,8 @@ def test_int8_does_not_depend_on_the_cuts_and_costs_little():
     np.testing.assert_allclose(chunks[0], one_by_one[0], atol=1e-4)
     error = np.abs(np.asarray(one_by_one[0] - exact[0]))
     assert 0 < error.mean() < 0.05 * np.std(exact[0])
-    assert in_8_bits.layers["k"].dtype == jnp.int8
-    assert in_8_bits.layers["sink_k"].dtype == jnp.float32
+    assert in_8_bits.ring["k"].dtype == jnp.int8
+    assert in_8_bits.sinks["sink_k"].dtype == jnp.float32
 
 
 def test_a_sharded_cache_gives_what_one_device_gives():
@@ -61,15 +61,15 @@ def test_a_sharded_cache_gives_what_one_device_gives():
     with jax.set_mesh(mesh):
         got, shared = stream.extend(c, p, placed, rows, chunks=(4,))
     np.testing.assert_allclose(got, want, atol=1e-4)
-    np.testing.assert_allclose(shared.layers["k"], alone.layers["k"], atol=1e-4)
-    L, B, G, R, K = alone.layers["k"].shape
-    assert shared.layers["k"].addressable_shards[0].data.shape == (L, B // 4, G // 2, R, K)
+    np.testing.assert_allclose(shared.ring["k"], alone.ring["k"], atol=1e-4)
+    L, B, G, R, K = alone.ring["k"].shape
+    assert shared.ring["k"].addressable_shards[0].data.shape == (L, B // 4, G // 2, R, K)
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_refused():
     c = small.config(kv_heads=1)
     shapes = cache.abstract(c, CacheSpec(2, 5), 8)
-    with pytest.raises(ValueError, match=r"layers/k .*1 does not divide by tensor=2"):
+    with pytest.raises(ValueError, match=r"ring/k .*1 does not divide by tensor=2"):
         cache.cache_shardings(shapes, make_mesh(MeshSpec(tensor=2)))
 
 

@@ -27,12 +27,12 @@ def conversation(model, **spec):
 
 def test_a_conversation_outlives_its_cache(model):
     talk = conversation(model)
-    held = jax.tree.map(lambda x: x.shape, talk.cache.layers)
+    held = jax.tree.map(lambda x: x.shape, talk.cache)
     for i in range(3):
         assert isinstance("".join(talk.answer(f"Question {i}?", limit=20)), str)
     assert talk.length > 2 * talk.spec.capacity
     assert talk.forgotten == talk.length - 32
-    assert jax.tree.map(lambda x: x.shape, talk.cache.layers) == held
+    assert jax.tree.map(lambda x: x.shape, talk.cache) == held
 
 
 def test_turns_are_forgotten_whole(model):

@@ -103,4 +103,4 @@ def test_prepared_parameters_can_be_stacked_again():
     (got,), _ = small.stream_logits(c, back, CacheSpec(1, 3), tokens, [[5]])
     (want,), _ = small.stream_logits(c, p, CacheSpec(1, 3), tokens, [[5]])
     np.testing.assert_allclose(got, want, atol=1e-4)
-    assert init(c, CacheSpec(1, 3), stacked=True).layers["k"].shape[0] == c.depth
+    assert init(c, CacheSpec(1, 3), stacked=True).ring["k"].shape[0] == c.depth
