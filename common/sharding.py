@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -102,7 +102,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts a batch's leading axis is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

@@ -7,11 +7,14 @@ Legend: B batch, T new tokens, H query heads, G key heads, Q = H / G query heads
 R ring slots, M keys.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from common.sharding import BATCH_AXES, batch_ways
 from sinks import kernel
 from sinks.cache import CacheSpec, Layer, decode_kv, encode_kv, write_sinks
 from sinks.config import ModelConfig
@@ -19,6 +22,7 @@ from sinks.positions import (
     NOWHERE,
     Rotation,
     alibi_slopes,
+    between,
     distance,
     evicted_at,
     ring_index,
@@ -142,26 +146,35 @@ def attend(
         return jnp.concatenate(mixed, 3) if len(mixed) > 1 else mixed[0]
 
     def on_tpu() -> jax.Array:
-        first, rest = sinks, recent[0]
-        if T == 1 and layer is not None:
-            # The ring is not copied to put the new token beside it: the token joins the sinks, at their rotation.
-            k_here = rotate(k_BTGK, plan.sink).swapaxes(1, 2).astype(stored)
-            j = jnp.broadcast_to(sinks.j, (len(new.j), sinks.j.shape[1]))
-            pairs = (sinks.k, k_here, 2), (sinks.v, new.v, 2), (j, new.j, 1)
-            first = Keys(*(jnp.concatenate((a, b), axis) for a, b, axis in pairs))
-        return _kernel(q_sink, q_recent, first, rest, plan, S, bias)
+        if T > 1:
+            return _kernel(q_sink, q_recent, sinks, recent[0], plan, S, bias)
+        # The ring is read as it lies, without a copy to put the new token beside it: that joins the sinks, turned back
+        # from its own rotation to theirs.
+        back = between(plan.recent, plan.sink)
+        k_here = rotate(new.k.swapaxes(1, 2), back).swapaxes(1, 2).astype(stored)
+        j = jnp.broadcast_to(sinks.j, (len(new.j), sinks.j.shape[1]))
+        pairs = (sinks.k, k_here, 2), (sinks.v, new.v, 2), (j, new.j, 1)
+        first = Keys(*(jnp.concatenate((a, b), axis) for a, b, axis in pairs))
+        ring = Keys(layer["k"], layer["v"], recent[0].j)
+        scales = (layer["k_scale"], layer["v_scale"]) if spec.int8 else None
+        return _kernel(q_sink, q_recent, first, ring, plan, S, bias, scales)
 
-    if _kernel_fits(spec, layer):
+    if layer is not None and _kernel_fits(spec, *k_BGTK.shape[:2]):
         mixed_BGQTK = jax.lax.platform_dependent(tpu=on_tpu, default=in_blocks)
     else:
         mixed_BGQTK = in_blocks()
     return mixed_BGQTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape), kept
 
 
-def _kernel_fits(spec: CacheSpec, layer: Layer | None) -> bool:
-    """Whether sinks/kernel.py computes this on a TPU: no gradients, no 8 bits, no mesh to partition over."""
+def _kernel_fits(spec: CacheSpec, B: int, G: int) -> bool:
+    """Whether sinks/kernel.py computes this on a TPU: not in float64, nor on a mesh that does not divide rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    return layer is not None and not spec.int8 and spec.dtype != "float64" and mesh.empty
+    if spec.dtype == "float64":
+        return False
+    if mesh.empty:
+        return True
+    ours = {*BATCH_AXES, "tensor"} <= set(mesh.axis_names)
+    return ours and B % batch_ways(mesh) == 0 and G % mesh.shape["tensor"] == 0
 
 
 def _kernel(
@@ -172,16 +185,21 @@ def _kernel(
     plan: Plan,
     S: int,
     bias: Bias,
-    **options,
+    scales: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
+    """kernel.mix; on a mesh each device does its own rows and key heads."""
     B, G, Q, T, _ = q_recent.shape
     slopes = jnp.zeros(G * Q) if bias.slopes is None else bias.slopes
     no_key = jnp.full(G * Q, -jnp.inf) if bias.no_key is None else bias.no_key
     sinks = sinks._replace(j=jnp.broadcast_to(sinks.j, (B, sinks.j.shape[1])))
-    per_head = (x.astype(jnp.float32).reshape(G, Q) for x in (slopes, no_key))
-    return kernel.mix(
-        q_sink, q_recent, *sinks, *recent, plan.t, plan.evicted, *per_head, sinks=S, **options
-    )
+    per_head = tuple(x.astype(jnp.float32).reshape(G, Q) for x in (slopes, no_key))
+    args = (q_sink, q_recent, *sinks, *recent, plan.t, plan.evicted, *per_head, scales)
+    run = partial(kernel.mix, sinks=S)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(*args)
+    keys, rows, heads = P(BATCH_AXES, "tensor"), P(BATCH_AXES), P("tensor")
+    specs = (keys, keys, *(keys, keys, rows) * 2, rows, rows, heads, heads, keys)
+    return jax.shard_map(run, in_specs=specs, out_specs=keys, check_vma=False)(*args)
 
 
 def _softmax_mix(

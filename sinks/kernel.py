@@ -34,6 +34,7 @@ def mix(
     evicted: jax.Array,
     slopes: jax.Array,
     no_key: jax.Array,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     *,
     sinks: int,
     interpret: bool = False,
@@ -47,6 +48,7 @@ def mix(
       t, evicted: [B, T].
       sinks: how many first tokens are sinks: for distances, whatever the number of sink_k.
       slopes, no_key: ALiBi's slope and the logit of no key, per head [G, Q]; 0 and -inf for none.
+      scales: of recent_k and recent_v where they are int8: float32 [B, G, M] each.
       interpret: run without a TPU, slowly.
     """
     B, G, Q, T, K = q_recent.shape
@@ -65,16 +67,18 @@ def mix(
     ]
     sink_kv = [_pad(x, 2, S) for x in (sink_k, sink_v)]
     sink_j = _pad(sink_j, 1, S, NOWHERE)[:, None]
-    recent = [_pad(x, 2, M) for x in (recent_k, recent_v)]
+    # Not padded, which would copy the ring: what the last block reads beyond its end is masked.
     recent_j = _pad(recent_j, 1, M, NOWHERE)[:, None]
+    scales = tuple(x[:, :, None] for x in scales or ())
 
     row = lambda width: pl.BlockSpec((None, None, rows, width), lambda b, g, i, m: (b, g, i, 0))  # noqa: E731
     time = pl.BlockSpec((None, rows, 1), lambda b, g, i, m: (b, i, 0))
     head = pl.BlockSpec((None, rows, 1), lambda b, g, i, m: (g, i, 0))
     sink = pl.BlockSpec((None, None, S, K), lambda b, g, i, m: (b, g, 0, 0))
     key = pl.BlockSpec((None, None, keys, K), lambda b, g, i, m: (b, g, m, 0))
+    scale = pl.BlockSpec((None, None, 1, keys), lambda b, g, i, m: (b, g, 0, m))
     out = pl.pallas_call(
-        partial(_kernel, sinks, K**-0.5),
+        partial(_kernel, sinks, recent_k.shape[2], K**-0.5, bool(scales)),
         grid=(B, G, N // rows, M // keys),
         in_specs=[
             *(row(K), row(K)),
@@ -82,6 +86,7 @@ def mix(
             *(head, head),
             *(sink, sink, pl.BlockSpec((None, 1, S), lambda b, g, i, m: (b, 0, 0))),
             *(key, key, pl.BlockSpec((None, 1, keys), lambda b, g, i, m: (b, 0, m))),
+            *(scale for _ in scales),
         ],
         out_specs=row(K),
         out_shape=jax.ShapeDtypeStruct((B, G, N, K), jnp.float32),
@@ -90,23 +95,23 @@ def mix(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
-    )(*q, *times, *per_head, *sink_kv, sink_j, *recent, recent_j)
+    )(*q, *times, *per_head, *sink_kv, sink_j, recent_k, recent_v, recent_j, *scales)
     return out[:, :, : Q * T].reshape(B, G, Q, T, K)
 
 
 def _kernel(
-    sinks, scale,
-    q_sink, q_recent, t, evicted, slope, no_key, sink_k, sink_v, sink_j, recent_k, recent_v, recent_j,
-    out, peak, total, mixed,
+    sinks, ends, scale, int8,
+    q_sink, q_recent, t, evicted, slope, no_key, sink_k, sink_v, sink_j, recent_k, recent_v, recent_j, *rest,
 ):  # fmt: skip
     """One block of rows against one block of keys; before the first, against the sinks."""
+    (k_scale, v_scale), (out, peak, total, mixed) = rest[:2] if int8 else (1, 1), rest[-4:]
 
-    def accumulate(q, k, v, j):
+    def accumulate(q, k, v, j, is_there, k_scale=1, v_scale=1):
         seen = visible(t[...], j, evicted[...], sinks)
 
         @pl.when(jnp.max(seen.astype(jnp.int32)) > 0)
         def _():
-            score = _dot(q[...], k[...], (1, 1)) * scale
+            score = _dot(q[...], k[...].astype(q.dtype), (1, 1)) * (scale * _value(k_scale))
             score -= slope[...] * distance(t[...], j, evicted[...], sinks).astype(jnp.float32)
             score = jnp.where(seen, score, MASKED)
             old = peak[:, :1]
@@ -114,7 +119,9 @@ def _kernel(
             weight = jnp.where(seen, jnp.exp(score - new), 0)
             shrink = jnp.exp(old - new)
             now = shrink * total[:, :1] + weight.sum(-1, keepdims=True)
-            mixed[...] = shrink * mixed[...] + _dot(weight.astype(v.dtype), v[...], (1, 0))
+            weight = jnp.where(seen, weight * _value(v_scale), 0)
+            value = jnp.where(is_there, v[...].astype(q.dtype), 0)
+            mixed[...] = shrink * mixed[...] + _dot(weight.astype(q.dtype), value, (1, 0))
             peak[...] = jnp.broadcast_to(new, peak.shape)
             total[...] = jnp.broadcast_to(now, total.shape)
 
@@ -124,14 +131,20 @@ def _kernel(
         counts = (no_key[...] > MASKED).astype(jnp.float32)
         total[...] = jnp.broadcast_to(counts, total.shape)
         mixed[...] = jnp.zeros_like(mixed)
-        accumulate(q_sink, sink_k, sink_v, sink_j[...])
+        accumulate(q_sink, sink_k, sink_v, sink_j[...], True)
 
-    accumulate(q_recent, recent_k, recent_v, recent_j[...])
+    keys = recent_k.shape[0]
+    place = jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0) + pl.program_id(3) * keys
+    accumulate(q_recent, recent_k, recent_v, recent_j[...], place < ends, k_scale, v_scale)
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _():
         all_of_it = total[:, :1]
         out[...] = mixed[...] / jnp.where(all_of_it == 0, 1, all_of_it)
+
+
+def _value(scale) -> jax.Array | int:
+    return scale if isinstance(scale, int) else scale[...]
 
 
 def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

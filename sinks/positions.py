@@ -99,6 +99,11 @@ def _multiply_high(a: jax.Array, b: np.ndarray) -> jax.Array:
     return a1 * b1 + (middle >> 16) + ((middle & 0xFFFF) + a0 * b1 >> 16)
 
 
+def between(a: Rotation, b: Rotation) -> Rotation:
+    """What turns a key rotated by a into one rotated by b."""
+    return Rotation(b.cos * a.cos + b.sin * a.sin, b.sin * a.cos - b.cos * a.sin)
+
+
 def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
     """Rotates the first 2P features of every head, taken as two halves, by `by` [B, T, P]; the rest pass."""
     P = by.cos.shape[-1]

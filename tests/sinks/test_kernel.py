@@ -10,33 +10,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.mesh import MeshSpec, make_mesh
 from sinks import attention
 from sinks.cache import CacheSpec
+from sinks.params import param_shardings
 from tests.sinks import small
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """The TPU's branch, taken on this machine."""
-    real = attention.kernel.mix
-    monkeypatch.setattr(
-        attention.kernel, "mix", lambda *args, **kw: real(*args, **kw, interpret=True)
-    )
+    """The TPU's branch, taken on this machine: the rows and key heads of each call."""
+    real, calls = attention.kernel.mix, set()
+
+    def mix(*args, **kw):
+        calls.add(args[0].shape[:2])
+        return real(*args, **kw, interpret=True)
+
+    monkeypatch.setattr(attention.kernel, "mix", mix)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *, tpu, default: tpu())
+    return calls
 
 
 @pytest.mark.parametrize(
-    "model, sinks, recent",
+    "model, spec",
     [
-        (dict(), 4, 5),
-        (dict(kv_heads=1, sink_logits="learned"), 0, 7),
-        (dict(alibi=True, rope_theta=0.0, sink_logits="zero"), 2, 150),
-        (dict(kv_heads=4, rope_fraction=0.5), 1, 3),
+        (dict(), CacheSpec(4, 5)),
+        (dict(), CacheSpec(4, 5, int8=True)),
+        (dict(kv_heads=1, sink_logits="learned"), CacheSpec(0, 7)),
+        (dict(alibi=True, rope_theta=0.0, sink_logits="zero"), CacheSpec(2, 150)),
+        (dict(alibi=True, rope_theta=0.0, sink_logits="zero"), CacheSpec(2, 150, int8=True)),
+        (dict(kv_heads=4, rope_fraction=0.5), CacheSpec(1, 3)),
     ],
 )
-def test_the_kernel_gives_what_xla_gives(model, sinks, recent, request, monkeypatch):
+def test_the_kernel_gives_what_xla_gives(model, spec, request):
     c = small.config(**model)
-    p, spec = small.params(c), CacheSpec(sinks, recent)
+    p = small.params(c)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, c.vocab_size, n) for n in (19, 30)]
     cuts = [(1, 1), (1, 1), (0, 12), (12, 9), (1, 1), (4, 6)]
@@ -45,6 +53,24 @@ def test_the_kernel_gives_what_xla_gives(model, sinks, recent, request, monkeypa
     # Another name for the same model: the programs above are not to be used again.
     other = small.config(**model, bos_id=3)
     got, _ = small.stream_logits(other, p, spec, rows, cuts, pad=12)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_on_a_mesh_each_device_does_its_own_rows_and_heads(int8, request):
+    c, spec = small.config(vocab_size=16), CacheSpec(2, 5, int8=int8)
+    p = small.params(c)
+    rows = [np.random.default_rng(b).integers(0, 16, 9 + b) for b in range(4)]
+    cuts = [[4] * 4, [4] * 4, [1] * 4]
+    want, _ = small.stream_logits(c, p, spec, rows, cuts)
+    calls = request.getfixturevalue("interpreted")
+    mesh = make_mesh(MeshSpec(replica=2, fsdp=2, tensor=2))
+    p = jax.device_put(p, param_shardings(c, mesh))
+    other = small.config(vocab_size=16, bos_id=3)
+    with jax.set_mesh(mesh):
+        got, _ = small.stream_logits(other, p, spec, rows, cuts)
+    assert calls == {(1, 1)}, "rows over 4, key heads over 2"
     for a, b in zip(got, want):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
 
@@ -70,20 +96,26 @@ def test_several_blocks_of_rows_and_keys(interpreted, monkeypatch):
 COMPILE = """
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec as P
+from common.mesh import MeshSpec, make_mesh
+from common.sharding import batch_sharding
 from sinks import cache, params, stream
 from sinks.config import ModelConfig
-device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-here = SingleDeviceSharding(device)
-place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
-config = ModelConfig("llama", 4096, 576, 2, 9, 3, 64, 1536, 8192, tie_embeddings=True)
-spec = cache.CacheSpec(4, 1020, dtype="bfloat16")
-for T in (1, 512):
-    tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
-    args = place((params.abstract(config, jnp.bfloat16), cache.abstract(config, spec, 2), tokens))
-    run = jax.jit(lambda p, c, t: stream.hidden(config, p, c, t))
-    text = run.trace(*args).lower(lowering_platforms=("tpu",)).compile().as_text()
-    assert "tpu_custom_call" in text, T
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+config = ModelConfig("llama", 4096, 512, 2, 8, 2, 64, 1536, 8192, tie_embeddings=True)
+place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+for fsdp, tensor in ((1, 1), (2, 2)):
+    mesh = make_mesh(MeshSpec(fsdp=fsdp, tensor=tensor), devices[: fsdp * tensor])
+    for int8, T in ((False, 1), (False, 512), (True, 1), (True, 512)):
+        spec = cache.CacheSpec(4, 1020, dtype="bfloat16", int8=int8)
+        weights = jax.tree.map(place, params.abstract(config, jnp.bfloat16), params.param_shardings(config, mesh))
+        state = cache.abstract(config, spec, 2)
+        state = jax.tree.map(place, state, cache.cache_shardings(state, mesh))
+        tokens = place(jax.ShapeDtypeStruct((2, T), jnp.int32), batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            run = jax.jit(lambda p, c, t: stream.hidden(config, p, c, t))
+            text = run.trace(weights, state, tokens).lower(lowering_platforms=("tpu",)).compile().as_text()
+        assert "tpu_custom_call" in text, (fsdp, tensor, int8, T)
 print("compiled")
 """
 
