@@ -9,6 +9,7 @@ import optax
 
 from metaopt import guards as guarding
 from metaopt.guards import Guards
+from metaopt.pack import Packed, packed
 from metaopt.rule import Values, make_rule
 from metaopt.signals import Trace, choose, pack_sum
 
@@ -18,7 +19,7 @@ class HyperState(NamedTuple):
 
     count i32[]: updates done.  raw: learned hyperparameters, unconstrained.  values: the same in natural units, as used in
     the last update.  signals: the last hypergradients by raw, before guards.  base: the base optimizer's state.  by: the
-    upper optimizer's, a HyperState if that is learned, too.  memory: what the signal needs of the last update.
+    upper optimizer's, packed (`inspect.levels` unpacks it).  memory: what the signal needs of the last update.
     guard: what the guards remember.  moved bool[]: whether there is a last update to judge.
     """
 
@@ -27,7 +28,7 @@ class HyperState(NamedTuple):
     values: Values
     signals: Values
     base: Any
-    by: Any
+    by: Packed
     memory: Any
     guard: guarding.GuardState
     moved: jax.Array
@@ -77,7 +78,7 @@ def hyper(
     rule = make_rule(factory, kwargs)
     guards.check(rule)
     method = choose(rule, mode, trace, guards.safe_sqrt)
-    upper = optax.with_extra_args_support(by)
+    upper = packed(by)
 
     def init(params: Any) -> HyperState:
         raw = rule.init_raw(params)

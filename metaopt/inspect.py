@@ -20,7 +20,7 @@ def levels(opt_state: Any) -> list[HyperState]:
     found, tree = [], opt_state
     while (level := find(tree)) is not None:
         found.append(level)
-        tree = level.by
+        tree = level.by.unpack()
     if not found:
         raise ValueError("this optimizer state holds no metaopt.hyper(...)")
     return found
