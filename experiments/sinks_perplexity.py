@@ -1,7 +1,8 @@
 """Job "sinks_perplexity": the running perplexity of a long text, for a sweep of policies, cache sizes and sinks.
 
 The workdir gets one folder per setting with metrics.jsonl (a row per chunk) and checkpoints, perplexity.png, a table in
-table.md, and results.jsonl (a row per setting). Interrupted, each setting goes on in the middle of its stream.
+table.md, and results.jsonl (a row per setting). Interrupted, each setting goes on in the middle of its stream; the picture
+shows how far it came.
 """
 
 import logging
@@ -92,6 +93,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
         if not _run_one(settings, values, name, policy, model, tokens, folder):
+            draw(workdir)
             log.warning("%s: stopped; start the same command again to continue", name)
             return EXIT_PREEMPTED
         draw(workdir)

@@ -46,6 +46,7 @@ def test_a_stream_stopped_in_the_middle_goes_on_there(tmp_path, monkeypatch):
     monkeypatch.setattr(PreemptionGuard, "reached", lambda self, step: step == 2)
     assert sinks_perplexity.run(values, tmp_path / "parts") == EXIT_PREEMPTED
     monkeypatch.undo()
+    assert (tmp_path / "parts" / "perplexity.png").exists(), "how far it came"
     assert not (tmp_path / "parts" / "sinks_2+14" / "result.json").exists()
     assert sinks_perplexity.run(values, tmp_path / "parts") == 0
     assert metrics(tmp_path / "parts" / "sinks_2+14") == metrics(tmp_path / "whole" / "sinks_2+14")
