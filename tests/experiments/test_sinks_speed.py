@@ -28,6 +28,25 @@ def test_every_policy_and_size_is_timed(tmp_path):
     assert (tmp_path / "run" / "table.md").read_text().count("\n") == 4
 
 
+def test_a_stopped_job_keeps_what_it_measured(tmp_path, monkeypatch):
+    values, real, calls = settings(tmp_path), sinks_speed._median, []
+
+    def median(step, n):
+        calls.append(n)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(step, n)
+
+    monkeypatch.setattr(sinks_speed, "_median", median)
+    with pytest.raises(KeyboardInterrupt):
+        sinks_speed.run(values, tmp_path / "run")
+    first = json.loads((tmp_path / "run" / "measured.json").read_text())
+    assert sinks_speed.run(values, tmp_path / "run") == 0
+    assert len(first) == 2 and len(calls) == 3 + len(sinks_speed.POLICIES) * 2 - 2
+    after = json.loads((tmp_path / "run" / "measured.json").read_text())
+    assert first.items() <= after.items()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

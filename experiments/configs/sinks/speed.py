@@ -22,6 +22,8 @@ def get_config(arg: str = ""):
             "sinks": 4,
             "cache_sizes": (16, 32) if args.smoke else (256, 512, 1024, 2048),  # S + R
             "policies": ("window", "sinks", "sinks_int8", "recompute"),
-            "tokens": 3 if args.smoke else 20,  # timed, of each; medians are reported
+            "tokens": 3
+            if args.smoke
+            else 20,  # timed, of each, or ten seconds of them; medians are reported
         }
     )
