@@ -21,9 +21,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from common.config import build
+from common.config import ConfigError, build
 from common.plots import COLORS, INK
-from common.results import markdown_table
+from common.results import config_hash, markdown_table
 from experiments.sinks_job import begin, finish, open_model
 from sinks import cache, stream
 from sinks.cache import CacheSpec
@@ -66,19 +66,24 @@ class Settings:
 def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings = build(Settings, values)
+    path, of = workdir / "measured.json", config_hash(values)
+    kept = json.loads(path.read_text()) if path.exists() else {"config": of, "ms": {}}
+    if kept["config"] != of:
+        raise ConfigError(
+            f"{path} is of another config: take another --workdir, or remove the file"
+        )
     model = open_model(settings.model, settings.dtype)
     model = model._replace(params=stream.prepare(model.params))
     began = begin(workdir, values)
     sweep = [(policy, size) for policy in settings.policies for size in settings.cache_sizes]
-    path = workdir / "measured.json"
-    measured = json.loads(path.read_text()) if path.exists() else {}
+    measured: dict[str, float] = kept["ms"]
     for policy, size in track(sweep, "measuring", transient=True):
         name = f"{policy} {size}"
         if name in measured:
             continue
         step = _recompute if policy == "recompute" else _decode
         measured[name] = 1e3 * _median(step(settings, model, policy, size), settings.tokens)
-        path.write_text(json.dumps(measured))
+        path.write_text(json.dumps(kept))
         log.info("%s: %.1f ms", name, measured[name])
     ms = {(policy, size): measured[f"{policy} {size}"] for policy, size in sweep}
     held = {

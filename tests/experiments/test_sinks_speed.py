@@ -40,11 +40,13 @@ def test_a_stopped_job_keeps_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sinks_speed, "_median", median)
     with pytest.raises(KeyboardInterrupt):
         sinks_speed.run(values, tmp_path / "run")
-    first = json.loads((tmp_path / "run" / "measured.json").read_text())
+    first = json.loads((tmp_path / "run" / "measured.json").read_text())["ms"]
     assert sinks_speed.run(values, tmp_path / "run") == 0
     assert len(first) == 2 and len(calls) == 3 + len(sinks_speed.POLICIES) * 2 - 2
-    after = json.loads((tmp_path / "run" / "measured.json").read_text())
+    after = json.loads((tmp_path / "run" / "measured.json").read_text())["ms"]
     assert first.items() <= after.items()
+    with pytest.raises(ConfigError, match="of another config"):
+        sinks_speed.run(values | {"batch": 2}, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
