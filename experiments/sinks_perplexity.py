@@ -92,11 +92,11 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             continue
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
-        if not _run_one(settings, values, name, policy, model, tokens, folder):
-            draw(workdir)
+        finished = _run_one(settings, values, name, policy, model, tokens, folder)
+        draw(workdir)
+        if not finished:
             log.warning("%s: stopped; start the same command again to continue", name)
             return EXIT_PREEMPTED
-        draw(workdir)
     write_table(workdir)
     return 0
 

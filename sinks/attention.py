@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
-from common.sharding import BATCH_AXES, batch_ways
+from common.sharding import BATCH_AXES, batch_ways, partition_spec
 from sinks import kernel
-from sinks.cache import CacheSpec, Layer, decode_kv, encode_kv, write_sinks
+from sinks.cache import RULES, CacheSpec, Layer, decode_kv, encode_kv, write_sinks
 from sinks.config import ModelConfig
 from sinks.positions import (
     NOWHERE,
@@ -173,8 +172,8 @@ def _kernel_fits(spec: CacheSpec, B: int, G: int) -> bool:
         return False
     if mesh.empty:
         return True
-    ours = {*BATCH_AXES, "tensor"} <= set(mesh.axis_names)
-    return ours and B % batch_ways(mesh) == 0 and G % mesh.shape["tensor"] == 0
+    ours = {*BATCH_AXES, RULES["heads"]} <= set(mesh.axis_names)
+    return ours and B % batch_ways(mesh) == 0 and G % mesh.shape[RULES["heads"]] == 0
 
 
 def _kernel(
@@ -197,7 +196,9 @@ def _kernel(
     run = partial(kernel.mix, sinks=S)
     if jax.sharding.get_abstract_mesh().empty:
         return run(*args)
-    keys, rows, heads = P(BATCH_AXES, "tensor"), P(BATCH_AXES), P("tensor")
+    keys, rows, heads = (
+        partition_spec(a, RULES) for a in (("batch", "heads"), ("batch",), ("heads",))
+    )
     specs = (keys, keys, *(keys, keys, rows) * 2, rows, rows, heads, heads, keys)
     return jax.shard_map(run, in_specs=specs, out_specs=keys, check_vma=False)(*args)
 

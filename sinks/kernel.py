@@ -78,7 +78,7 @@ def mix(
     key = pl.BlockSpec((None, None, keys, K), lambda b, g, i, m: (b, g, m, 0))
     scale = pl.BlockSpec((None, None, 1, keys), lambda b, g, i, m: (b, g, 0, m))
     out = pl.pallas_call(
-        partial(_kernel, sinks, recent_k.shape[2], K**-0.5, bool(scales)),
+        partial(_kernel, sinks, recent_k.shape[2], K**-0.5),
         grid=(B, G, N // rows, M // keys),
         in_specs=[
             *(row(K), row(K)),
@@ -100,18 +100,18 @@ def mix(
 
 
 def _kernel(
-    sinks, ends, scale, int8,
+    sinks, ends, scale,
     q_sink, q_recent, t, evicted, slope, no_key, sink_k, sink_v, sink_j, recent_k, recent_v, recent_j, *rest,
 ):  # fmt: skip
     """One block of rows against one block of keys; before the first, against the sinks."""
-    (k_scale, v_scale), (out, peak, total, mixed) = rest[:2] if int8 else (1, 1), rest[-4:]
+    *scales, out, peak, total, mixed = rest
 
     def accumulate(q, k, v, j, is_there, k_scale=1, v_scale=1):
         seen = visible(t[...], j, evicted[...], sinks)
 
         @pl.when(jnp.max(seen.astype(jnp.int32)) > 0)
         def _():
-            score = _dot(q[...], k[...].astype(q.dtype), (1, 1)) * (scale * _value(k_scale))
+            score = _dot(q[...], k[...].astype(q.dtype), (1, 1)) * (scale * k_scale)
             score -= slope[...] * distance(t[...], j, evicted[...], sinks).astype(jnp.float32)
             score = jnp.where(seen, score, MASKED)
             old = peak[:, :1]
@@ -119,7 +119,7 @@ def _kernel(
             weight = jnp.where(seen, jnp.exp(score - new), 0)
             shrink = jnp.exp(old - new)
             now = shrink * total[:, :1] + weight.sum(-1, keepdims=True)
-            weight = jnp.where(seen, weight * _value(v_scale), 0)
+            weight = jnp.where(seen, weight * v_scale, 0)
             value = jnp.where(is_there, v[...].astype(q.dtype), 0)
             mixed[...] = shrink * mixed[...] + _dot(weight.astype(q.dtype), value, (1, 0))
             peak[...] = jnp.broadcast_to(new, peak.shape)
@@ -135,16 +135,13 @@ def _kernel(
 
     keys = recent_k.shape[0]
     place = jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0) + pl.program_id(3) * keys
-    accumulate(q_recent, recent_k, recent_v, recent_j[...], place < ends, k_scale, v_scale)
+    scales = (x[...] for x in scales)
+    accumulate(q_recent, recent_k, recent_v, recent_j[...], place < ends, *scales)
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _():
         all_of_it = total[:, :1]
         out[...] = mixed[...] / jnp.where(all_of_it == 0, 1, all_of_it)
-
-
-def _value(scale) -> jax.Array | int:
-    return scale if isinstance(scale, int) else scale[...]
 
 
 def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

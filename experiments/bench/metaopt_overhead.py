@@ -84,16 +84,11 @@ def ours(names: list[str], rounds: int) -> dict[str, Any]:
         states[name] = jax.tree.map(jnp.copy, (params, tx.init(params)))
         sizes[name] = sum(s.nbytes for s in jax.tree.leaves(states[name][1]))
         steps[name] = jax.jit(step, donate_argnums=(0, 1)).lower(*states[name]).compile()
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds + 3):
-        for name in names if i % 2 else reversed(names):
-            began, used = time.perf_counter(), time.process_time()
-            states[name] = jax.block_until_ready(steps[name](*states[name]))
-            if i >= 3:
-                seconds[name].append(time.perf_counter() - began)
-                cpu[name].append(time.process_time() - used)
-    return {"seconds": seconds, "cpu": cpu, "bytes": sizes}
+
+    def run(name: str) -> None:
+        states[name] = jax.block_until_ready(steps[name](*states[name]))
+
+    return _in_turns({name: partial(run, name) for name in names}, rounds) | {"bytes": sizes}
 
 
 def original(rounds: int) -> dict[str, Any]:
@@ -128,17 +123,21 @@ def original(rounds: int) -> dict[str, Any]:
         loss.backward(create_graph=True)
         wrapped.step()
 
-    seconds: dict[str, list[float]] = {"torch_adam": [], "gdtuo": []}
-    cpu: dict[str, list[float]] = {"torch_adam": [], "gdtuo": []}
-    runs: dict[str, Callable[[], None]] = {"torch_adam": plain_step, "gdtuo": tower_step}
-    for i in range(rounds + 2):
-        for name, run in runs.items():
+    return _in_turns({"torch_adam": plain_step, "gdtuo": tower_step}, rounds) | {"bytes": {}}
+
+
+def _in_turns(runs: dict[str, Callable[[], None]], rounds: int, warm: int = 3) -> dict[str, Any]:
+    """Seconds and CPU seconds of every run, one of each a round, forwards and backwards."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(rounds + warm):
+        for name in runs if i % 2 else reversed(runs):
             began, used = time.perf_counter(), time.process_time()
-            run()
-            if i >= 2:
+            runs[name]()
+            if i >= warm:
                 seconds[name].append(time.perf_counter() - began)
                 cpu[name].append(time.process_time() - used)
-    return {"seconds": seconds, "cpu": cpu, "bytes": {}}
+    return {"seconds": seconds, "cpu": cpu}
 
 
 def main(argv: list[str] | None = None) -> int:
