@@ -102,6 +102,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def moved_to(mesh: Mesh, tree: Any) -> Any:
+    """The arrays of `tree` as parts of `mesh`, which has their devices in their order, so that no data move."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), tree)
+
+
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts a batch's leading axis is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -17,10 +17,11 @@ from common.checkpoint import Checkpointer
 from common.config import ConfigError
 from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
+from common.mesh import auto_mesh
 from common.metrics import compute
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
-from common.sharding import BATCH_AXES, batch_sharding, batch_ways, replicated
+from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
 from common.train_step import diagnose, make_train_step
 from common.writers import Writer
@@ -119,7 +120,7 @@ def train(
       batches: from a start step to an endless iterator of device batches (already sharded).
       open_writer: from the restored step (-1: none) to the writer of rows, which drops rows after that step.
       meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
-      evals: name -> function of the state, run every `eval_every` steps and at the end.
+      evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
@@ -127,6 +128,7 @@ def train(
       ConfigError: the checkpoint was trained on other data.
     """
     ledger = Ledger()
+    plain = auto_mesh(mesh)
     abstract, sharding = state_shardings(recipe, mesh)
     restored = checkpointer.restore(abstract_with_shardings(abstract, sharding))
     if restored is None:
@@ -181,8 +183,9 @@ def train(
     def evaluate(step: int) -> None:
         settle(step)
         results = {}
-        for name, fn in (evals or {}).items():
-            results |= {f"{name}/{k}": float(v) for k, v in fn(state)}
+        with jax.set_mesh(plain):
+            for name, fn in (evals or {}).items():
+                results |= {f"{name}/{k}": float(v) for k, v in fn(moved_to(plain, state))}
         if results:
             writer.write(step, results)
         ledger.charge("eval")
@@ -227,12 +230,14 @@ def train(
         if start < spec.steps:
             evaluate(spec.steps)
             save(spec.steps, wait=True)
-    return state, ledger.seconds
+    return moved_to(plain, state), ledger.seconds
 
 
 def _stop_at_non_finite(recipe, state, batches, checkpointer, meta) -> None:
     step = int(state.step)  # the guarded step froze the state at the first bad step
-    where = diagnose(recipe, state, next(batches(step)))
+    plain = auto_mesh(state.step.sharding.mesh)
+    with jax.set_mesh(plain):
+        where = diagnose(recipe, *moved_to(plain, (state, next(batches(step)))))
     checkpointer.save(step, state, {**meta, "stopped": "non-finite loss"}, wait=True)
     raise NonFiniteLoss(
         f"step {step} is not finite, {where}. The state before it is saved as step {step}. Lower "

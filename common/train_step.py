@@ -44,7 +44,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
 
     def step(state: TrainState, batch: dict, expected: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = gradients(state, batch, key)
+        grads, metrics = _placed_like(state.params, gradients)(state, batch, key)
         grad_norm = jnp.where(state.step == expected, optax.tree.norm(grads), jnp.nan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -64,6 +64,14 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         return keep, metrics | learned | {"grad_norm": mean(grad_norm)}
 
     return step
+
+
+def _placed_like(params: Any, gradients: Callable) -> Callable:
+    """`gradients` with the parameters' shardings, on a mesh with Explicit axes; models themselves run with Auto axes."""
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
+        return gradients
+    specs = jax.tree.map(lambda p: jax.typeof(p).sharding.spec, params)
+    return jax.sharding.auto_axes(gradients, out_sharding=(specs, jax.P()))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -27,7 +27,7 @@ from common.data import (
     train_batches,
 )
 from common.distributed import EXIT_PREEMPTED
-from common.mesh import make_mesh
+from common.mesh import auto_mesh, make_mesh
 from common.plots import curves
 from common.results import append_row, make_row
 from common.sharding import batch_sharding
@@ -108,7 +108,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
                 checkpointer=saver,
                 workdir=workdir,
                 meta={"config": settings.values, "data": data_print},
-                evals={"eval": online_monitor(settings, mesh, source, test_source)},
+                evals={"eval": online_monitor(settings, auto_mesh(mesh), source, test_source)},
             )
     except Preempted as stop:
         log.warning("%s; start the same command again to continue", stop)
@@ -124,7 +124,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     if settings.probe.linear:
         log.info("linear probe on frozen features of the target encoder")
         encode = encode_fn(recipe.encoder, state.extra["target"])
-        metrics |= linear_probes(settings, mesh, encode, source, test_source)
+        metrics |= linear_probes(settings, auto_mesh(mesh), encode, source, test_source)
     if jax.process_index() == 0:
         row = make_row(
             job="jepa_pretrain",

@@ -31,6 +31,7 @@ def test_mesh_sizes(spec, sizes):
         (lambda: make_mesh(MeshSpec(replica=3)), "8 devices do not divide by 3"),
         (lambda: MeshSpec(replica=-1, fsdp=-1), "at most one of them -1"),
         (lambda: MeshSpec(tensor=0), "must be positive"),
+        (lambda: MeshSpec(mode="manual"), "mode='manual' is unknown: 'auto' or 'explicit'"),
     ],
 )
 def test_mesh_errors_name_the_sizes(build, message):

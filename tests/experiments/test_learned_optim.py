@@ -25,8 +25,8 @@ def config(**optim):
     return values
 
 
-def train(recipe, sizes: tuple[int, int, int], steps: int = 4):
-    mesh = make_mesh(MeshSpec(*sizes), jax.devices()[: int(np.prod(sizes))])
+def train(recipe, sizes: tuple[int, int, int], mode: str = "auto", steps: int = 4):
+    mesh = make_mesh(MeshSpec(*sizes, mode=mode), jax.devices()[: int(np.prod(sizes))])
     _, sharding = state_shardings(recipe, mesh)
     step = jax.jit(make_train_step(recipe), out_shardings=(sharding, replicated(mesh)))
     rows = []
@@ -40,12 +40,13 @@ def train(recipe, sizes: tuple[int, int, int], steps: int = 4):
     return state, rows
 
 
-def test_eight_devices_learn_what_one_learns():
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_eight_devices_learn_what_one_learns(mode):
     values = config(clip=1.0)
     values.policy.compute = "float32"
     recipe = resolve(values.to_dict(), 1000).recipe
     one, rows = train(recipe, (1, 1, 1))
-    eight, same = train(recipe, (2, 4, 1))
+    eight, same = train(recipe, (2, 4, 1), mode)
     assert rows[0]["lr"] == pytest.approx(recipe.optim.lr)
     for name in ("lr", "weight_decay"):
         assert len({row[name] for row in rows}) > 1, f"{name} moves"

@@ -1,5 +1,7 @@
 """One device equals eight: the same training on every mesh, and any mesh restores any checkpoint."""
 
+from dataclasses import fields
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +40,10 @@ def batch(step: int) -> dict:
     return AddMasks(MaskSpec(grid=(8, 8)), 0)({"image": images}, rows)
 
 
-def train(sizes: tuple[int, int, int]):
-    """Three steps on a mesh; (state, losses, mesh)."""
-    r = recipe()
-    mesh = make_mesh(MeshSpec(*sizes), jax.devices()[: int(np.prod(sizes))])
+def train(sizes: tuple[int, int, int], mode: str = "auto", r: IJepa | None = None):
+    """Three steps on a mesh; (state, losses)."""
+    r = r or recipe()
+    mesh = make_mesh(MeshSpec(*sizes, mode=mode), jax.devices()[: int(np.prod(sizes))])
     _, sharding = state_shardings(r, mesh)
     step = jax.jit(make_train_step(r), out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
     losses = []
@@ -61,9 +63,11 @@ def single():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
-def test_same_numbers_on_every_mesh(single, name):
-    state, losses = train(MESHES[name])
+@pytest.mark.parametrize(
+    "name, mode", [*[(name, "auto") for name in MESHES], ("fsdp_tensor", "explicit")]
+)
+def test_same_numbers_on_every_mesh(single, name, mode):
+    state, losses = train(MESHES[name], mode)
     np.testing.assert_allclose(losses, single[1], rtol=2e-5)
     for got, want in zip(jax.tree.leaves(state.params), jax.tree.leaves(single[0].params)):
         np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=2e-5)
@@ -72,6 +76,28 @@ def test_same_numbers_on_every_mesh(single, name):
     assert kernel.addressable_shards[0].data.size * ways == kernel.size  # really split
     mu = state.opt_state[0].mu["encoder"]["blocks"]["mlp"]["up"]["kernel"]
     assert mu.sharding == kernel.sharding  # moments lie with their parameters
+
+
+def test_explicit_axes_refuse_what_auto_axes_move_silently():
+    class Crossed(IJepa):  # adds a parameter to one that is split another way
+        def update_extra(self, extra, params, step):
+            block = params["encoder"]["blocks"]["attention"]
+            return super().update_extra(extra, params, step) | {
+                "crossed": block["out"]["kernel"] + jnp.swapaxes(block["out"]["kernel"], 1, 2)
+            }
+
+        def init_extra(self, params):
+            kernel = params["encoder"]["blocks"]["attention"]["out"]["kernel"]
+            return super().init_extra(params) | {"crossed": kernel}
+
+        def extra_axes(self, abstract):
+            axes = super().extra_axes({"target": abstract["target"]})
+            return axes | {"crossed": axes["target"]["blocks"]["attention"]["out"]["kernel"]}
+
+    plain = recipe()
+    crossed = Crossed(**{f.name: getattr(plain, f.name) for f in fields(plain)})
+    with pytest.raises(Exception, match="add got incompatible shardings"):
+        train(MESHES["fsdp_tensor"], "explicit", crossed)
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def base() -> ConfigDict:
                 "profile_start": 10,
                 "profile_steps": 0,
             },
-            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},
+            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1, "mode": "auto"},
             "policy": {"compute": "bfloat16", "remat": False, "unroll": 0},
             "checkpoint": {"keep": 2},
             "probe": {

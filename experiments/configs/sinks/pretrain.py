@@ -50,7 +50,7 @@ def get_config(arg: str = ""):
                 "eval_every": 0,
                 "save_every": 500,
             },
-            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1},
+            "mesh": {"replica": 1, "fsdp": -1, "tensor": 1, "mode": "auto"},
             "evaluate": {
                 "cache_size": 256,  # S + R of the streams
                 "sinks": (0, 1, 2, 4),
