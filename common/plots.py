@@ -20,15 +20,15 @@ NOT_CURVES = ("step", "wall")
 def curves(
     rows: Sequence[Mapping[str, float]],
     path: str | os.PathLike[str],
-    groups: Mapping[str, Sequence[str]] | None = None,
+    groups: Mapping[str, Sequence[str] | Mapping[str, str]] | None = None,
 ) -> None:
     """Draws the rows of a `metrics.jsonl` (`common.writers.read_rows`) into a PNG.
 
     Args:
       rows: each with a `step` and any scalars; a series may be missing from any row.
       path: of the PNG. Its folder is made.
-      groups: panel title -> the series in it, in order; every series its own panel by default, the
-        loss first. Series no row holds are left out.
+      groups: panel title -> the series in it, in order, or series -> what to call it; every series its
+        own panel by default, the loss first. Series no row holds are left out.
 
     Non-finite values are gaps, marked in red at the foot of the panel. A long series is drawn pale,
     with its moving average over it; the numbers at the right are where the lines end.
@@ -40,7 +40,7 @@ def curves(
     panels = {
         title: kept
         for title, series in groups.items()
-        if (kept := [s for s in series if s in names])
+        if (kept := [(s, _called(series, s)) for s in series if s in names])
     }
     n = max(1, len(panels))
     n_columns = min(n, 2 if n == 4 else 3)
@@ -53,13 +53,17 @@ def curves(
     all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
     last_step = max((row["step"] for row in rows), default=0)
     for ax, (title, series) in zip(all_axes, panels.items()):
-        _panel(ax, title, {name: _series(rows, name) for name in series}, last_step)
+        _panel(ax, title, {called: _series(rows, name) for name, called in series}, last_step)
     for ax in list(all_axes)[len(panels) :]:
         ax.set_axis_off()
     if not panels:
         figure.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", color=GREY)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144, facecolor="white")
+
+
+def _called(series: Sequence[str] | Mapping[str, str], name: str) -> str:
+    return series[name] if isinstance(series, Mapping) else name
 
 
 def _series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:

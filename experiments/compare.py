@@ -1,0 +1,106 @@
+"""Runs beside each other: their curves in one picture, and how each ended as a table.
+
+  python -m experiments.compare runs/by_hand runs/auto --series=loss,lr,weight_decay --out=compare.png
+
+Every run is a workdir, or any folder or file of rows (metrics.jsonl). Runs still going are drawn as far as they are.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from common.plots import NOT_CURVES, curves
+from common.writers import read_rows
+
+Rows = Sequence[Mapping[str, float]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that hold a metrics.jsonl")
+    parser.add_argument(
+        "--series", default="", help="by comma; default: all that more than one run has"
+    )
+    parser.add_argument("--names", default="", help="of the runs, by comma; default: their folders")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"))
+    args = parser.parse_args(argv)
+    names = args.names.split(",") if args.names else names_of(args.runs)
+    if len(names) != len(args.runs) or len(set(names)) != len(names):
+        parser.error(f"--names={args.names}: needs {len(args.runs)} different names")
+    try:
+        runs = {name: read(path) for name, path in zip(names, args.runs)}
+        series = choose(runs, [s.strip() for s in args.series.split(",") if s.strip()])
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    draw(runs, series, args.out)
+    Console().print(table(runs, series))
+    print(f"drew {args.out}")
+    return 0
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, from the first level at which they differ."""
+    parts = [path.resolve().parts for path in paths]
+    shared = min(map(len, parts)) - 1
+    depth = next((i for i in range(shared) if len({p[i] for p in parts}) > 1), shared)
+    return ["/".join(p[depth:]).removesuffix("/metrics.jsonl") for p in parts]
+
+
+def read(path: Path) -> Rows:
+    """The rows of a run. Raises ValueError where there are none."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.exists():
+        inside = sorted(p.parent for p in path.glob("**/metrics.jsonl"))[:3]
+        hint = f"; did you mean {', '.join(map(str, inside))}?" if inside else ""
+        raise ValueError(f"{path} holds no metrics.jsonl{hint}")
+    rows = read_rows(file)
+    if not rows:
+        raise ValueError(f"{file} has no rows yet")
+    return rows
+
+
+def choose(runs: Mapping[str, Rows], wanted: Sequence[str]) -> list[str]:
+    """The series to show: those wanted, or all that two runs share. Raises ValueError naming one that no run has."""
+    held = {name: {k for row in rows for k in row} - set(NOT_CURVES) for name, rows in runs.items()}
+    every = [k for k in dict.fromkeys(k for rows in runs.values() for row in rows for k in row)]
+    if unknown := [s for s in wanted if not any(s in has for has in held.values())]:
+        known = ", ".join(k for k in every if k not in NOT_CURVES)
+        raise ValueError(f"--series={','.join(unknown)}: no run has it; they have {known}")
+    enough = min(2, len(runs))
+    return list(wanted) or [k for k in every if sum(k in has for has in held.values()) >= enough]
+
+
+def draw(runs: Mapping[str, Rows], series: Sequence[str], path: Path) -> None:
+    """A panel for each series, a line in it for each run."""
+    rows = [
+        {"step": row["step"], **{f"{name}\n{key}": row[key] for key in series if key in row}}
+        for name, rows in runs.items()
+        for row in rows
+    ]
+    groups = {key: {f"{name}\n{key}": name for name in runs} for key in series}
+    curves(rows, path, groups)
+
+
+def table(runs: Mapping[str, Rows], series: Sequence[str]) -> Table:
+    """The last value of each series in each run."""
+    shown = Table(title="last values")
+    for column in ("run", "step", *series):
+        shown.add_column(column, justify="left" if column == "run" else "right")
+    for name, rows in runs.items():
+        last = {key: row[key] for row in rows for key in ("step", *series) if key in row}
+        shown.add_row(name, *[f"{last.get(key, math.nan):.5g}" for key in ("step", *series)])
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())
