@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 
-.PHONY: help reproduce test test-fast test-peers check lint format types boundaries bench preflight clean
+.PHONY: help reproduce test test-fast test-peers check lint format types boundaries bench tables preflight clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,9 @@ bench: $(VENV)/peers  ## our I-JEPA step, sink decoding and metaopt overhead aga
 	$(BIN)/python -m experiments.bench.jepa_step
 	$(BIN)/python -m experiments.bench.sinks_decode
 	$(BIN)/python -m experiments.bench.metaopt_overhead
+
+tables: $(VENV)/base  ## write experiments/TABLES.md from the committed rows
+	$(BIN)/python -m experiments.tables
 
 preflight: $(VENV)/tpu  ## compile the released recipes for v5e:16x16 that the committed table lacks
 	$(BIN)/python -m experiments.preflight --all --missing --topology=v5e:16x16
