@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 
-.PHONY: help reproduce test test-fast test-peers check lint format types boundaries bench tables preflight clean
+.PHONY: help reproduce test test-fast test-peers check lint format types boundaries bench notebooks tables preflight clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,10 @@ bench: $(VENV)/peers  ## our I-JEPA step, sink decoding and metaopt overhead aga
 	$(BIN)/python -m experiments.bench.sinks_decode
 	$(BIN)/python -m experiments.bench.metaopt_overhead
 
+notebooks: $(VENV)/notebooks  ## run the notebooks: one page a paper in runs/notebooks
+	@mkdir -p runs/notebooks
+	$(BIN)/jupyter nbconvert --to html --execute --output-dir runs/notebooks experiments/notebooks/*.ipynb
+
 tables: $(VENV)/base  ## write experiments/TABLES.md from the committed rows
 	$(BIN)/python -m experiments.tables
 
@@ -66,6 +70,10 @@ $(VENV)/dev: $(VENV)/base
 
 $(VENV)/peers: $(VENV)/dev
 	$(INSTALL) ".[peers]"
+	@touch $@
+
+$(VENV)/notebooks: $(VENV)/base
+	$(INSTALL) ".[notebooks]"
 	@touch $@
 
 $(VENV)/tpu: $(VENV)/dev
