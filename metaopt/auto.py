@@ -24,7 +24,7 @@ def auto(
     factory: Callable[..., optax.GradientTransformation],
     *,
     learning_rate: float | Learn = 1e-3,
-    guards: Guards = Guards(max_move=0.1),
+    guards: Guards = Guards(max_move=0.1, settle=100),
     by: optax.GradientTransformation | None = None,
     trace: Trace = Trace(power=1.0),
     **kwargs: Any,
@@ -33,13 +33,14 @@ def auto(
 
     The one-step signal of the paper shrinks the rate too soon, since the noise of the last step hides what the rate does
     over many. Here the signal looks back over a fixed part of the run so far (`Trace(power=1)`), the rate moves in its
-    logarithm by a scale-free upper optimizer (`top`), and no update is longer than a tenth of the parameters' norm, which
-    pulls a rate that is far too high down at the first step. One float32 copy of the parameters is kept.
+    logarithm by a scale-free upper optimizer (`top`), and no update is longer than a tenth of the parameters' norm (a
+    thousandth at first: 100 updates lead up to it), which pulls a rate that is far too high down before it does harm. One
+    float32 copy of the parameters is kept.
 
     Args:
       factory: takes `learning_rate`; further keywords may be `learn(...)` as well.
       learning_rate: where to start, or `learn(...)`; `learn(1.0, schedule=...)` learns a factor in front of a schedule.
-      guards, by, trace: replace our defaults. Guards(max_move=0.1, rollback=Rollback()) adds rollback, which needs `value=`.
+      guards, by, trace: replace our defaults. Guards(max_move=0.1, settle=100, rollback=Rollback()) adds rollback, which needs `value=`.
     """
     rate = learning_rate if isinstance(learning_rate, Learn) else learn(learning_rate)
     return hyper(factory, learning_rate=rate, by=by or top(), guards=guards, trace=trace, **kwargs)

@@ -46,6 +46,8 @@ class Guards:
       max_change: largest change of a raw value in a step; 0 for none.
       max_move: largest norm of an update relative to the parameters' norm; 0 for none. A longer update is shortened, and
         the learned rate with it: what makes a rate that is far too high harmless. Needs a learned rate.
+      settle: so many updates until `max_move` is reached, linearly from zero; 0 for at once. A rate that starts too high is
+        then cut before it has moved the parameters far, and one that starts well is warmed up.
       rollback: see `Rollback`; one more copy of the parameters. Needs a learned rate.
       rate: the keyword that is the rate.
     """
@@ -55,6 +57,7 @@ class Guards:
     normalize: bool = True
     max_change: float = 0.2
     max_move: float = 0.0
+    settle: int = 0
     rollback: Rollback | None = None
     rate: str = "learning_rate"
 
@@ -69,6 +72,8 @@ class Guards:
             raise ValueError(
                 f"max_change={self.max_change} and max_move={self.max_move} must not be negative"
             )
+        if self.settle < 0 or (self.settle and not self.max_move):
+            raise ValueError(f"settle={self.settle} must not be negative, and needs max_move > 0")
         if (self.max_move or self.rollback) and self.rate not in rule.learned:
             what = "max_move" if self.max_move else "rollback"
             raise ValueError(
@@ -127,8 +132,10 @@ def any_nonzero(tree: Any) -> jax.Array:
     return jnp.any(jnp.array([jnp.any(x != 0) for x in jax.tree.leaves(tree)]))
 
 
-def shortening(guards: Guards, rule: Rule, updates: Any, params: Any, axis_name: Any) -> jax.Array:
-    """The factor in (0, 1] that keeps an update within `max_move` of the parameters' norm."""
+def shortening(
+    guards: Guards, rule: Rule, updates: Any, params: Any, count: jax.Array, axis_name: Any
+) -> jax.Array:
+    """The factor in (0, 1] that keeps update `count` (from 0) within `max_move` of the parameters' norm."""
     if params is None:
         raise ValueError(
             "Guards(max_move=...) needs the parameters: call update(grads, state, params)"
@@ -140,7 +147,8 @@ def shortening(guards: Guards, rule: Rule, updates: Any, params: Any, axis_name:
         squares = jax.lax.psum(squares, axis_name)
     # Parameters that start at zero have no norm to compare with: they count as 0.001 each.
     moved, norm = squares[0], jnp.maximum(squares[1], 1e-6 * size)
-    longest = guards.max_move * jnp.sqrt(norm)
+    part = jnp.minimum(1, (count.astype(dtype) + 1) / max(guards.settle, 1))
+    longest = guards.max_move * part * jnp.sqrt(norm)
     too_long = moved > longest**2
     return jnp.where(too_long, longest * jax.lax.rsqrt(jnp.where(too_long, moved, 1)), 1)
 
