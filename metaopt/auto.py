@@ -40,7 +40,8 @@ def auto(
     Args:
       factory: takes `learning_rate`; further keywords may be `learn(...)` as well.
       learning_rate: where to start, or `learn(...)`; `learn(1.0, schedule=...)` learns a factor in front of a schedule.
-      guards, by, trace: replace our defaults. Guards(max_move=0.1, settle=100, rollback=Rollback()) adds rollback, which needs `value=`.
+      guards, by, trace: replace our defaults. Guards(max_move=0.1, settle=100, rollback=Rollback()) adds rollback,
+        which needs `value=`.
     """
     rate = learning_rate if isinstance(learning_rate, Learn) else learn(learning_rate)
     return hyper(factory, learning_rate=rate, by=by or top(), guards=guards, trace=trace, **kwargs)

@@ -135,9 +135,7 @@ def hyper(
             step = method.step(rule, raw, state.count, grads, state.base, params, extra)
             updates, memory = step.updates, step.memory
             if guards.max_move:
-                factor = guarding.shortening(
-                    guards, rule, updates, params, state.count, axis_name
-                )
+                factor = guarding.shortening(guards, rule, updates, params, state.count, axis_name)
                 updates, memory = _times(factor, updates), _shorten(memory, factor)
                 rate = guards.rate
                 raw = rule.clip(raw | {rate: rule.learned[rate].scaled(raw[rate], factor)})

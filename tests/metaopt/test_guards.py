@@ -212,6 +212,25 @@ def test_a_shortened_update_has_the_signal_of_its_shorter_rate(mode):
     )
 
 
+def test_the_largest_move_grows_until_it_settles():
+    tx = hyper(
+        optax.sgd,
+        learning_rate=learn(1e6),
+        by=optax.sgd(0.0),
+        guards=Guards(max_move=0.1, settle=4),
+    )
+    params = {"w": jnp.full(9, 2.0)}
+    state = tx.init(params)
+    for i, part in enumerate((0.25, 0.5, 0.75, 1.0, 1.0)):
+        # Each gradient is a hundred times the last one, so that the bound decides whatever the rate was cut to before.
+        grads = {"w": jnp.full(9, 100.0**i)}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        length = np.linalg.norm(updates["w"]) / np.linalg.norm(params["w"])
+        np.testing.assert_allclose(length, 0.1 * part, rtol=1e-4)
+        rate = float(state.values["learning_rate"])
+        np.testing.assert_allclose(rate * 100.0**i, 0.1 * part * 2.0, rtol=1e-4)  # cut along
+
+
 def test_parameters_that_start_at_zero_do_move():
     tx = metaopt.auto(optax.adam, trace=Trace(power=1.0))
     params = {"w": jnp.zeros(4)}

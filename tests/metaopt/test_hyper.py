@@ -160,6 +160,8 @@ def test_wrong_inputs_are_refused_before_training():
         (r"keeps no tangents to trace", optax.adam,
          dict(learning_rate=learn(0.1), mode="closed", trace=Trace(gamma=0.9))),
         (r'mode=.magic.: give "auto"', optax.adam, dict(learning_rate=learn(0.1), mode="magic")),
+        (r"settle=5 must not be negative, and needs max_move", optax.adam,
+         dict(learning_rate=learn(0.1), guards=Guards(settle=5))),
         (r"max_move changes the rate 'learning_rate', which is not learned", optax.adam,
          dict(learning_rate=0.1, b1=learn(0.9), guards=Guards(max_move=0.1))),
     ]  # fmt: skip
