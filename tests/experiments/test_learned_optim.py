@@ -25,7 +25,7 @@ def config(**optim):
     return values
 
 
-def train(recipe, sizes: tuple[int, int, int], mode: str = "auto", steps: int = 4):
+def train(recipe, sizes: tuple[int, int, int], mode: str = "auto", steps: int = 3):
     mesh = make_mesh(MeshSpec(*sizes, mode=mode), jax.devices()[: int(np.prod(sizes))])
     _, sharding = state_shardings(recipe, mesh)
     step = jax.jit(make_train_step(recipe), out_shardings=(sharding, replicated(mesh)))
@@ -40,14 +40,21 @@ def train(recipe, sizes: tuple[int, int, int], mode: str = "auto", steps: int = 
     return state, rows
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-def test_eight_devices_learn_what_one_learns(mode):
+@pytest.fixture(scope="module")
+def single():
+    """A recipe, and its rows on one device."""
     values = config(clip=1.0)
     values.policy.compute = "float32"
     recipe = resolve(values.to_dict(), 1000).recipe
-    one, rows = train(recipe, (1, 1, 1))
+    return recipe, train(recipe, (1, 1, 1))[1]
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+def test_eight_devices_learn_what_one_learns(single, mode):
+    recipe, rows = single
     eight, same = train(recipe, (2, 4, 1), mode)
-    assert rows[0]["lr"] == pytest.approx(recipe.optim.lr)
+    assert 0.01 * recipe.optim.lr < rows[0]["lr"] <= recipe.optim.lr  # the first move is short
+    assert rows[0]["weight_decay"] == pytest.approx(recipe.optim.weight_decay)
     for name in ("lr", "weight_decay"):
         assert len({row[name] for row in rows}) > 1, f"{name} moves"
     for a, b in zip(rows, same, strict=True):
