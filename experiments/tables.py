@@ -155,6 +155,29 @@ def metaopt_overhead(results: Path) -> str:
     return section("Figure 4f: overhead", note, header, lines)
 
 
+def across_papers(results: Path) -> str:
+    """What `config.optim.auto=true` does to the other papers' training: the rows of results/across."""
+    shown = (
+        ("sinks", "vanilla/4+252", _known),
+        ("jepa", "linear_count", _percent),
+        ("jepa", "linear_distance", _percent),
+    )
+    lines = []
+    for paper, metric, show in shown:
+        pair = [read_rows(results / "across" / f"{paper}_{how}.jsonl") for how in ("hand", "auto")]
+        if all(pair):
+            hand, auto = (rows[-1] for rows in pair)
+            values = [show(row.metrics[metric]) for row in (hand, auto)]
+            lines.append((paper, metric, *values, hand.steps, hand.id, auto.id))
+    note = (
+        "One run each: learning rate and weight decay by the config's schedule, and learned on the way "
+        "(`--config.optim.auto=true`). sinks: perplexity a byte of held-out text, the lower the better; jepa: accuracy of "
+        "the linear probe on scenes in %."
+    )
+    header = ("training", "metric", "by hand", "auto", "steps", "row by hand", "row of auto")
+    return section("Across papers", note, header, lines)
+
+
 # --- StreamingLLM
 
 
@@ -319,6 +342,7 @@ PAPERS: dict[str, tuple[Section, ...]] = {
         metaopt_figure4a,
         metaopt_robustness,
         metaopt_overhead,
+        across_papers,
     ),
     "sinks: StreamingLLM": (sinks_table2, sinks_decode),
     "jepa: I-JEPA": (jepa_scenes, jepa_speed, jepa_preflight),

@@ -17,7 +17,7 @@ from tests.sinks.checkpoints import byte_level_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "metaopt": {"RATES": (1e-3, 1.0), "STEPS": 20},
+    "metaopt": {"RATES": (1e-3,), "STEPS": 20},
     "sinks": {"TOKENS": 160, "CACHE": 32, "NEW_TOKENS": 4},
     "jepa": {"STEPS": 2, "BATCH": 8, "DEPTH": 1},
 }
