@@ -104,7 +104,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def moved_to(mesh: Mesh, tree: Any) -> Any:
     """The arrays of `tree` as parts of `mesh`, which has their devices in their order, so that no data move."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), tree)
+
+    def move(x: jax.Array) -> jax.Array:
+        # A restored key carries the sharding of the numbers behind it, which have an axis more.
+        spec = PartitionSpec(*x.sharding.spec[: x.ndim])
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(move, tree)
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
