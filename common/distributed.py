@@ -149,6 +149,7 @@ class PreemptionGuard:
 
     def __enter__(self) -> "PreemptionGuard":
         if threading.current_thread() is threading.main_thread():
+            _await_jax_handler()
             for signum in (signal.SIGTERM, signal.SIGUSR1):
                 # jax's service listens through a C handler, of which Python knows nothing.
                 native = _libc_signal(signum, None)
@@ -173,6 +174,17 @@ class PreemptionGuard:
         elif now - self._signalled_at >= _DUPLICATE_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
+
+
+def _await_jax_handler(seconds: float = 10.0) -> None:
+    """Waits until jax's service, if it is up, listens: its own thread would otherwise replace our handlers later."""
+    until = time.monotonic() + seconds
+    while jax.distributed.is_initialized() and time.monotonic() < until:
+        action = ctypes.create_string_buffer(1024)  # struct sigaction begins with the handler
+        ctypes.CDLL(None).sigaction(signal.SIGTERM, None, action)
+        if ctypes.c_void_p.from_buffer(action).value not in (None, 1):  # SIG_DFL, SIG_IGN
+            return
+        time.sleep(0.01)
 
 
 _libc_signal = ctypes.CDLL(None).signal  # sets a handler, returns the one before; NULL is SIG_DFL
