@@ -184,8 +184,9 @@ def train(
         settle(step)
         results = {}
         with jax.set_mesh(plain):
+            seen = moved_to(plain, state)
             for name, fn in (evals or {}).items():
-                results |= {f"{name}/{k}": float(v) for k, v in fn(moved_to(plain, state))}
+                results |= {f"{name}/{k}": float(v) for k, v in fn(seen)}
         if results:
             writer.write(step, results)
         ledger.charge("eval")

@@ -152,13 +152,14 @@ def _show(rows: list[Row], workdir: Path) -> None:
             f"{v:.4g}" for k, v in metrics.items() if k.startswith("learned/") and "by/" not in k
         )
         table.add_row(
-            row.name, _percent(metrics), f"{row.paper:.2f}", learned,
-            _percent(again) if again else "", f"{row.paper_rerun:.2f}" if row.paper_rerun else "",
+            row.name, percent(metrics), f"{row.paper:.2f}", learned,
+            percent(again) if again else "", f"{row.paper_rerun:.2f}" if row.paper_rerun else "",
         )  # fmt: skip
     wide_console().print(table)
 
 
-def _percent(metrics: dict[str, float]) -> str:
+def percent(metrics: dict[str, float]) -> str:
+    """The test error in percent, with its spread over seeds where there are several."""
     spread = metrics.get("error_sd")
     return f"{100 * metrics['error']:.2f}" + (
         f" ± {100 * spread:.2f}" if spread is not None else ""

@@ -16,6 +16,8 @@ from pathlib import Path
 from common.results import ResultRow, markdown_table, read_rows
 from experiments.metaopt_job import gaps
 from experiments.metaopt_table1 import ROWS as TABLE1
+from experiments.metaopt_table1 import percent
+from experiments.sinks_quick import paper as sinks_paper
 
 HERE = Path(__file__).parent
 PAPER = HERE / "paper"
@@ -72,8 +74,8 @@ def metaopt_table1(results: Path) -> str:
     for row in TABLE1:
         ours, again = rows.get(row.name), rows.get(f"{row.name}, rerun")
         if ours:
-            rerun = (_error(again), _known(row.paper_rerun)) if again else ("", "")
-            lines.append((row.name, _error(ours), _known(row.paper), *rerun, ours.id))
+            rerun = (percent(again.metrics), _known(row.paper_rerun)) if again else ("", "")
+            lines.append((row.name, percent(ours.metrics), _known(row.paper), *rerun, ours.id))
     seeds = sorted({len(row.seeds) for row in rows.values()})
     note = (
         f"MNIST, test error in %, mean ± sd over {' or '.join(map(str, seeds))} seeds. Rerun: the plain optimizer "
@@ -192,13 +194,8 @@ def sinks_table2(results: Path) -> str:
         if k.startswith("perplexity/")
     }
     lines = [("SmolLM2-135M, ours", *[_of(ours, sinks) for sinks in (0, 1, 2, 4, 8)], row.id)]
-    with open(PAPER / "sinks_table2.csv") as file:
-        paper = list(csv.DictReader(file))
-    for model in dict.fromkeys(line["model"] for line in paper):
-        values = {
-            line["setting"]: float(line["perplexity"]) for line in paper if line["model"] == model
-        }
-        lines.append((model, *[_of(values, sinks) for sinks in (0, 1, 2, 4, 8)], "paper"))
+    for model, values in sinks_paper().items():
+        lines.append((model, *[f"{value:.2f}" for value in values], "paper"))
     note = (
         "Perplexity by the number of sinks kept; 0 is window attention. Ours: War and Peace through 256 tokens "
         f"(dense {ours['dense']:.1f}, re-computation {ours['recompute']:.1f} ± "
@@ -298,11 +295,6 @@ def jepa_preflight(results: Path) -> str:
     )
     header = ("recipe", "topology", "mesh", "batch", "GiB", "ms at peak", "collectives, GiB")
     return section("Preflight", note, header, lines)
-
-
-def _error(row: ResultRow) -> str:
-    spread = row.metrics.get("error_sd")
-    return _percent(row.metrics["error"]) + ("" if spread is None else f" ± {100 * spread:.2f}")
 
 
 def _percent(value: float) -> str:

@@ -25,7 +25,7 @@ def config(**optim):
     return values
 
 
-def train(recipe, sizes: tuple[int, int, int], mode: str = "auto", steps: int = 3):
+def train(recipe, sizes: tuple[int, int, int], mode: str = "auto", steps: int = 4):
     mesh = make_mesh(MeshSpec(*sizes, mode=mode), jax.devices()[: int(np.prod(sizes))])
     _, sharding = state_shardings(recipe, mesh)
     step = jax.jit(make_train_step(recipe), out_shardings=(sharding, replicated(mesh)))
