@@ -8,26 +8,22 @@ import json
 import logging
 import math
 import os
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from common.data import open_source
 from common.datasets.scenes.builder import prepare
-from common.mesh import make_mesh
-from common.results import append_row, make_row, read_rows, summarize
-from experiments import jepa_pretrain
+from common.results import read_rows, summarize
+from experiments import jepa_baselines, jepa_pretrain
 from experiments.configs.jepa.scenes import get_config
-from experiments.jepa_eval import encode_fn, linear_probes, pixels
 from experiments.jepa_pictures import report_picture
 from experiments.jepa_settings import resolve
 
 LABELS = ("count", "distance", "shape")
-KINDS = {"jepa": "I-JEPA", "untrained": "untrained encoder", "pixels": "raw pixels"}
+KINDS = {"jepa": "I-JEPA", **jepa_baselines.KINDS}
 log = logging.getLogger("triptych")
 
 
@@ -65,33 +61,7 @@ def run_seed(seed: int, epochs: float, workdir: Path, data_dir: str) -> int:
         code = jepa_pretrain.run(values, run)
         if code:
             return code
-    rows = run / "results.jsonl"
-    done = {row.job for row in read_rows(rows)}
-    source, test_source = jepa_pretrain.open_sources(values)
-    settings = resolve(values, len(source))
-    mesh = make_mesh(settings.mesh)
-    for kind in ("untrained", "pixels"):
-        if f"baseline_{kind}" in done:
-            continue
-        began = time.perf_counter()
-        encode = pixels
-        if kind == "untrained":
-            encoder = settings.recipe.encoder
-            encode = encode_fn(encoder, encoder.init(jax.random.key(settings.train.seed)))
-        metrics = linear_probes(settings, mesh, encode, source, test_source, KINDS[kind])
-        append_row(
-            rows,
-            make_row(
-                job=f"baseline_{kind}",
-                config=settings.name,
-                metrics=metrics,
-                seeds=[seed],
-                steps=0,
-                wall_seconds=time.perf_counter() - began,
-                resolved=values,
-            ),
-        )
-    return 0
+    return jepa_baselines.run(values, run)
 
 
 def show(workdir: Path, data_dir: str) -> None:

@@ -11,6 +11,7 @@ from common.config import ConfigError
 # By name, so that a run loads its own package and no other.
 JOBS = {
     "jepa_pretrain": "experiments.jepa_pretrain:run",
+    "jepa_baselines": "experiments.jepa_baselines:run",
     "metaopt_grid": "experiments.metaopt_job:run",
     "metaopt_table1": "experiments.metaopt_table1:run",
     "sinks_perplexity": "experiments.sinks_perplexity:run",

@@ -283,10 +283,15 @@ def probe_all(
 
     Returns "<label>/last", "<label>/last4", and "<label>": the one of both with the higher
     held-out accuracy, as the paper reports the better one. Classes are 0..largest training label.
+    Where both are the same features (raw pixels, an encoder of one layer), they are probed once.
     """
     results = {}
+    same = np.array_equal(train.last, train.last4)
     for name, labels in train.labels.items():
         for layers in ("last", "last4"):
+            if same and layers == "last4":
+                results[f"{name}/last4"] = results[f"{name}/last"]
+                continue
             results[f"{name}/{layers}"] = linear_probe(
                 getattr(train, layers),
                 labels,

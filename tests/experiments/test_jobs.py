@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from common.config import ConfigError
+from common.results import read_rows
+from experiments.configs.jepa.cifar10 import get_config
 from experiments.jobs import JOBS, find
 
 
@@ -17,6 +19,16 @@ def test_every_job_is_a_function(name):
 def test_an_unknown_job_names_those_there_are():
     with pytest.raises(ConfigError, match=r"config\.job='jepa_pretrian' is unknown.*sinks_speed"):
         find("jepa_pretrian")
+
+
+def test_baselines_leave_a_row_each_and_are_not_done_again(tmp_path):
+    values = get_config("smoke").to_dict()
+    for _ in range(2):
+        assert find("jepa_baselines")(values, tmp_path) == 0
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert [row.job for row in rows] == ["baseline_untrained", "baseline_pixels"]
+    pixels = rows[1].metrics
+    assert pixels["linear_label/last"] == pixels["linear_label/last4"] > 0.3  # digits, 10 classes
 
 
 def test_a_run_loads_its_own_paper_only():

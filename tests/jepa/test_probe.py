@@ -247,6 +247,18 @@ def test_probe_all_takes_the_better_of_both_layers_for_each_label_set():
     assert results["shape/last4"].accuracy < 0.7
 
 
+def test_equal_features_of_both_layers_are_probed_once(monkeypatch):
+    labels = np.random.default_rng(0).integers(0, 2, 200).astype(np.int32)
+    x = (labels[:, None] + np.zeros((200, 2))).astype(np.float32)
+    halves = [Features(x[s], x[s].copy(), {"label": labels[s]}) for s in np.s_[:100, 100:]]
+    calls = []
+    once = probe.linear_probe
+    monkeypatch.setattr(probe, "linear_probe", lambda *a: calls.append(a) or once(*a))
+    results = probe.probe_all(*halves, SPEC)
+    assert len(calls) == 1
+    assert results["label"] is results["label/last"] is results["label/last4"]
+
+
 # Few labels
 
 

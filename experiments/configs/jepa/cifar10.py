@@ -2,6 +2,9 @@
 
   python -m experiments.launch --config=experiments/configs/jepa/cifar10.py --workdir=runs/cifar10
 
+With `--config.data.workers=3` an H100 does 60 epochs in ten minutes (three seeds at once; README); two CPU cores see some 70
+images a second. `--config.job=jepa_baselines` gives the floor: an untrained encoder and raw pixels.
+
 Arguments: smoke; epochs=N; seed=N. Prepare the data with `python -m common.data prepare cifar10`.
 """
 
@@ -10,16 +13,19 @@ from experiments.configs.jepa.base import base, smoke
 
 
 def get_config(arg: str = ""):
-    args = parse_arg(arg, smoke=False, epochs=20.0, seed=0)
+    args = parse_arg(arg, smoke=False, epochs=60.0, seed=0)
     config = base()
     config.name = "cifar10"
     config.data.update(name="cifar10", examples=50_000, flip=True)
     config.model.update(size="tiny", image=32, patch=4)
+    # Without these three the table of positions predicts the targets, and nothing else is learned (LOG.md).
+    config.model.position_scale = 0.2
+    config.objective.vicreg = 0.001
+    config.ema.update(start=0.998, final=0.998)
     config.optim.update(start_lr=1e-4, final_lr=1e-5, warmup_epochs=args.epochs * 0.1)
-    config.optim.update(final_weight_decay=0.04)
-    config.ema.update(start=0.99, final=1.0)
+    config.optim.update(b2=0.95, final_weight_decay=0.04)
     config.train.update(
-        epochs=args.epochs, batch=128, seed=args.seed, log_every=20, eval_every=1000
+        epochs=args.epochs, batch=512, seed=args.seed, log_every=20, eval_every=1000
     )
     if args.smoke:
         smoke(config, image=32, patch=4)
