@@ -155,7 +155,7 @@ def metaopt_figure3(results: Path) -> str:
     epochs = {end["step"] for end in ends.values()}
     note = (
         f"Char-RNN on War and Peace, test perplexity by initial rate after {'/'.join(map(str, sorted(epochs)))} of 49 "
-        "epochs, mean of 3 seeds, on one H100 whose loan ended there; cosine(adam)'s schedule has therefore hardly begun to fall."
+        "epochs, mean of 3 seeds, on one H100 whose loan ended there; the schedule of cosine(adam) has hardly begun to fall."
     )
     return section("Figure 3, its first part", note, ("method", *rates), lines)
 
