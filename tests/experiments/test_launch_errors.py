@@ -116,7 +116,7 @@ def test_an_unknown_job_is_told_the_known_ones(refusal):
         ("data.crop_scale=(0.5, 0.2)", ["scale=(0.5, 0.2)", "scale[0] <= scale[1]"]),
         ("data.split=trian", ["'trian'", "train"]),
         # too small for the masks
-        ("model.image=16", ["grid (4, 4)", "4 tokens", "min_keep", "raise context_tokens"]),
+        ("model.image=12", ["grid (3, 3)", "2 tokens", "min_keep", "raise context_tokens"]),
         ("masks.num_targets=20", ["num_targets=20", "fewer or smaller targets"]),
         ("masks.mode=papre", ["'papre'", '"paper"']),
     ],
