@@ -3,7 +3,8 @@
   python -m experiments.launch --config=experiments/configs/jepa/cifar10.py --workdir=runs/cifar10
 
 With `--config.data.workers=3` an H100 trains four such runs at once in 12 minutes, probes included; two CPU cores see some
-70 images a second, in 10 GiB (3.5 with `--config.train.batch=128`, whose accuracy was not measured). `--config.job=jepa_baselines` gives the floor: an untrained encoder and raw pixels.
+70 images a second, in 10 GiB (3.5 with `--config.train.batch=128`, whose accuracy was not measured).
+`--config.job=jepa_baselines` gives the floor: an untrained encoder and raw pixels.
 
 Arguments: smoke; epochs=N; seed=N. Prepare the data with `python -m common.data prepare cifar10`.
 """
