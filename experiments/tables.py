@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.results import ResultRow, markdown_table, read_rows
+from common.writers import read_rows as read_metrics
 from experiments.jepa_baselines import KINDS
 from experiments.metaopt_job import gaps
 from experiments.metaopt_table1 import ROWS as TABLE1
@@ -118,7 +119,7 @@ def metaopt_robustness(results: Path) -> str:
         score = "error" if "error" in rows[0].metrics else "perplexity"
         rates = sorted({row.overrides["initial_rate"] for row in rows})
         show = _percent if score == "error" else _perplexity
-        machine = rows[0].hardware.split("; ")[-1]
+        machine = _machine(rows[0])
         lines = [
             (
                 method,
@@ -141,16 +142,14 @@ def metaopt_robustness(results: Path) -> str:
 
 def metaopt_figure3(results: Path) -> str:
     """From the rows that a run writes after every epoch: results/metaopt_charrnn/<method>.jsonl."""
-    ends = {}
-    for path in sorted((results / "metaopt_charrnn").glob("*.jsonl")):
-        ends[path.stem] = json.loads(path.read_text().splitlines()[-1])
+    paths = sorted((results / "metaopt_charrnn").glob("*.jsonl"))
+    ends = {path.stem: read_metrics(path)[-1] for path in paths}
     if not ends:
         return ""
     prefix = "perplexity from "
     rates = [k.removeprefix(prefix) for k in next(iter(ends.values())) if k.startswith(prefix)]
     lines = [
-        (method, *[f"{float(end[prefix + rate]):.2f}" for rate in rates])
-        for method, end in ends.items()
+        (method, *[f"{end[prefix + rate]:.2f}" for rate in rates]) for method, end in ends.items()
     ]
     epochs = {end["step"] for end in ends.values()}
     note = (
@@ -260,48 +259,42 @@ def sinks_decode(results: Path) -> str:
 def jepa_scenes(results: Path) -> str:
     note = "`make reproduce`: linear probe on 4,000 test scenes, accuracy in %."
     columns = ("count", "distance", "shape")
-    lines = _probed(results / "jepa_scenes.jsonl", [f"linear_{name}" for name in columns])
+    rows = read_rows(results / "jepa_scenes.jsonl")
+    lines = _probed(rows, [f"linear_{name}" for name in columns])
     return section("Scenes", note, ("features", "seed", *columns, "row"), lines)
 
 
 def jepa_cifar10(results: Path) -> str:
+    rows = read_rows(results / "jepa_cifar10.jsonl")
+    if not rows:
+        return ""
     columns = ("linear_label/last", "linear_label/last4", "knn_label")
-    lines = _probed(results / "jepa_cifar10.jsonl", columns)
-    lines += [
-        (f"{name}, C-JEPA's terms at 0.01", *rest)
-        for name, *rest in _probed(results / "jepa_cifar10_vicreg0.01.jsonl", columns)
-    ]
+    other = read_rows(results / "jepa_cifar10_vicreg0.01.jsonl")
+    lines = _probed(rows, columns)
+    lines += [(f"{what}, C-JEPA's terms at 0.01", *rest) for what, *rest in _probed(other, columns)]
     with open(PAPER / "jepa_cifar10.csv") as file:
         published = "; ".join(
             f"{p['what']}, {p['epochs']} epochs: {p['linear']}"
             + (f" ± {p['spread']}" if p["spread"] else "")
             for p in csv.DictReader(file)
         )
-    rows = read_rows(results / "jepa_cifar10.jsonl")
     note = (
-        f"ViT-T/4, {rows[0].steps} steps of 512 (60 epochs) on one H100; test accuracy in %, average pooled target encoder, "
-        f"images as JPEG. Published (third-party audit, linear probe): {published}."
-        if rows
-        else ""
+        f"ViT-T/4, {rows[0].steps} steps of 512 (60 epochs), {_machine(rows[0])}; test accuracy in %, average pooled target "
+        f"encoder, images as JPEG. Published (third-party audit, linear probe): {published}."
     )
     header = ("features", "seed", "linear, last layer", "linear, last 4", "kNN", "row")
     return section("CIFAR-10", note, header, lines)
 
 
-def _probed(path: Path, metrics: Sequence[str]) -> list[tuple]:
+def _probed(rows: Sequence[ResultRow], metrics: Sequence[str]) -> list[tuple]:
     """A line for each row of I-JEPA, the untrained encoder and raw pixels, with these metrics in %."""
     names = {"jepa_pretrain": "I-JEPA"} | {f"baseline_{k}": name for k, name in KINDS.items()}
-    rows = [row for row in read_rows(path) if row.job in names]
-    rows.sort(key=lambda row: (list(names).index(row.job), row.seeds))
-    return [
-        (
-            names[row.job],
-            row.seeds[0],
-            *[_percent(row.metrics[m]) if m in row.metrics else "" for m in metrics],
-            row.id,
-        )
-        for row in rows
-    ]
+    chosen = [row for row in rows if row.job in names]
+    lines = []
+    for row in sorted(chosen, key=lambda row: (list(names).index(row.job), row.seeds)):
+        shown = [_percent(row.metrics[m]) if m in row.metrics else "" for m in metrics]
+        lines.append((names[row.job], row.seeds[0], *shown, row.id))
+    return lines
 
 
 def jepa_speed(results: Path) -> str:
@@ -350,8 +343,13 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
+def _machine(row: ResultRow) -> str:
+    """The accelerator that a row was measured on, or else the processor."""
+    return row.hardware.split("; ")[-1]
+
+
 def _perplexity(value: float) -> str:
-    return f"{value:.2f}" if not value >= 1000 else f"{value:.1e}"
+    return f"{value:.1e}" if value >= 1000 else f"{value:.2f}"
 
 
 def _known(value: float | None) -> str:

@@ -15,7 +15,7 @@ def get_config(arg: str = ""):
     config.name = "scenes"
     config.data.update(name="scenes", examples=20_000, flip=True)
     config.data.update(crop_scale=(0.6, 1.0), crop_ratio=(1.0, 1.0))
-    # Six minutes on two cores buy 120,000 images of 16 tokens, or 80,000 of 64 (patch 8): the number of images is what
+    # Five minutes on two cores buy 120,000 images of 16 tokens, or 80,000 of 64 (patch 8): the number of images is what
     # counts. A quiet position table and C-JEPA's terms at their own weight are what so short a run needs (LOG.md).
     config.model.update(size="tiny", image=64, patch=16, width=192, depth=4, heads=4, hidden=768)
     config.model.update(
