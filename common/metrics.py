@@ -2,8 +2,8 @@
 
 The mean of a batch is not the mean of the means of its parts when the parts differ in size, as
 microbatches, hosts and a padded last evaluation batch do. Sums and weights add, and division waits
-until the end. A step returns `Metrics`, `merge` adds them up (inside jit, in a `lax.scan`, or on
-the host) and `compute` divides once, in float64, on the host.
+until the end. A step returns `Metrics`, `total` adds up those of its microbatches, and `compute`
+divides once, in float64, on the host.
 
 Inside a jitted step over globally sharded arrays `mean` is already the mean over every host.
 """
@@ -26,9 +26,6 @@ class Mean:
     sum: ArrayLike
     weight: ArrayLike
 
-    def __add__(self, other: "Mean") -> "Mean":
-        return Mean(self.sum + other.sum, self.weight + other.weight)
-
 
 Metrics: TypeAlias = dict[str, Mean]
 
@@ -50,10 +47,9 @@ def mean(value: ArrayLike, weight: ArrayLike = 1.0) -> Mean:
     return Mean(jnp.where(weight == 0, 0, value * weight).sum(), weight.sum())
 
 
-def merge(a: Mapping[str, Mean], b: Mapping[str, Mean]) -> Metrics:
-    """Adds two sets of metrics by name; a name in only one of them is kept as it is."""
-    both = {name: a[name] + b[name] for name in a if name in b}
-    return {**a, **b, **both}
+def total(stacked: Metrics) -> Metrics:
+    """The metrics of all parts, from sums and weights [parts], as `lax.scan` stacks them."""
+    return jax.tree.map(lambda x: x.sum(0), stacked)
 
 
 def compute(metrics: Mapping[str, Mean]) -> dict[str, float]:

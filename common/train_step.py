@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.metrics import Metrics, mean, merge
+from common.metrics import Metrics, mean, total
 from common.recipe import Recipe
 from common.sharding import path_name
 from common.state import TrainState
@@ -35,12 +35,19 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
             (_, metrics), grads = grad_fn(state.params, state.extra, batch, key)
             return grads, metrics
         parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
-        grads, metrics = jax.tree.map(jnp.zeros_like, state.params), {}
-        for i in range(accumulate):
-            part = jax.tree.map(lambda x, i=i: x[i], parts)
-            (_, m), g = grad_fn(state.params, state.extra, part, jax.random.fold_in(key, i))
-            grads, metrics = jax.tree.map(jnp.add, grads, g), merge(metrics, m)
-        return jax.tree.map(lambda g: g / accumulate, grads), metrics
+
+        def add(so_far, part):
+            i, microbatch = part
+            (_, metrics), grads = grad_fn(
+                state.params, state.extra, microbatch, jax.random.fold_in(key, i)
+            )
+            return jax.tree.map(jnp.add, so_far, grads), metrics
+
+        # A loop of the program: laid out one after the other, CPU runs microbatches side by side, at the whole
+        # batch's memory and more.
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, metrics = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
+        return jax.tree.map(lambda g: g / accumulate, grads), total(metrics)
 
     def step(state: TrainState, batch: dict, expected: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)

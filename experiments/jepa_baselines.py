@@ -13,12 +13,10 @@ from typing import Any
 
 import jax
 
-from common.config import ConfigError
-from common.mesh import auto_mesh, make_mesh
+from common.mesh import auto_mesh
 from common.results import append_row, make_row, read_rows
 from experiments.jepa_eval import encode_fn, linear_probes, pixels
-from experiments.jepa_pretrain import open_sources
-from experiments.jepa_settings import resolve
+from experiments.jepa_pretrain import begin
 
 KINDS = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 log = logging.getLogger("triptych")
@@ -26,17 +24,16 @@ log = logging.getLogger("triptych")
 
 def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    try:
-        source, test_source = open_sources(values)
-        settings = resolve(values, len(source))
-        mesh = auto_mesh(make_mesh(settings.mesh))
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(str(error)) from error
     rows = workdir / "results.jsonl"
-    done = {row.job for row in read_rows(rows)}
+    done = {row.job.removeprefix("baseline_") for row in read_rows(rows)}
+    if done.issuperset(KINDS):
+        log.info("%s has the baselines' rows already", rows)
+        return 0
+    settings, source, test_source, mesh = begin(values, workdir)
+    mesh = auto_mesh(mesh)
     seed = settings.train.seed
     for kind, title in KINDS.items():
-        if f"baseline_{kind}" in done:
+        if kind in done:
             continue
         began = time.perf_counter()
         encode = pixels

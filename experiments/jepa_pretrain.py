@@ -44,16 +44,10 @@ log = logging.getLogger("triptych")
 def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     began = time.perf_counter()
-    if "://" in str(workdir) or str(workdir).startswith("gs:/"):
-        raise ConfigError(
-            f"--workdir={workdir}: rows and curves need a file system; mount the bucket, or use a shared folder"
-        )
+    settings, source, test_source, mesh = begin(values, workdir)
+    recipe, spec = settings.recipe, settings.train
     try:
-        source, test_source = open_sources(values)
-        settings = resolve(values, len(source))
         _check_writers(settings)
-        recipe, spec = settings.recipe, settings.train
-        mesh = make_mesh(settings.mesh)
         spec.check_mesh(mesh)
         abstract, _ = state_shardings(recipe, mesh)
         loader = LoaderSpec(
@@ -142,14 +136,28 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     return 0
 
 
-def open_sources(values: dict[str, Any]) -> tuple[Source, Source]:
-    """The training and test sets of a config's `data` group."""
+def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Source, Source, Mesh]:
+    """A config's settings, its training and test sets, and its mesh, for a job that writes into `workdir`.
+
+    Raises:
+      ConfigError: for whatever is wrong with them.
+    """
+    if "://" in str(workdir) or str(workdir).startswith("gs:/"):
+        raise ConfigError(
+            f"--workdir={workdir}: rows and curves need a file system; mount the bucket, or use a shared folder"
+        )
     data = values["data"]
-    opened = [
-        open_source(data["name"], data[split], data["data_dir"] or None, skip_bad=data["skip_bad"])
-        for split in ("split", "test_split")
-    ]
-    return opened[0], opened[1]
+    try:
+        source, test_source = (
+            open_source(
+                data["name"], data[split], data["data_dir"] or None, skip_bad=data["skip_bad"]
+            )
+            for split in ("split", "test_split")
+        )
+        settings = resolve(values, len(source))
+        return settings, source, test_source, make_mesh(settings.mesh)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_writers(settings: Settings) -> None:

@@ -1,8 +1,9 @@
 """ResNet-20 on CIFAR-10 (He et al. 2016, section 4.2), the paper's figure 2: 0.27 M parameters.
 
-Legend: B batch, H/W image height and width, C channels, N classes.
+Legend: B batch, H/W image height and width, C channels in, D out, N classes, h/w kernel height and width.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -36,13 +37,45 @@ class Normalizer:
         return (x_BHWC - moments[0]) * jax.lax.rsqrt(moments[1] + EPSILON)
 
 
+def convolve_rows(
+    x_BHWC: jax.Array, w_hwCD: jax.Array, strides: Sequence[int], padding: str, **_: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of images, as the products of a matrix a row of the kernel.
+
+    For CPU, where XLA's convolutions need 36 times as long inside a loop (17 s, not 0.5, a step of a ResNet-8).
+    """
+    h, w, C, D = w_hwCD.shape
+    B, *size, _ = x_BHWC.shape
+    pads = jax.lax.padtype_to_pads(size, (h, w), strides, padding)
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), *pads, (0, 0)))
+    H, W = ((n - k) // s + 1 for n, k, s in zip(x_BHWC.shape[1:3], (h, w), strides, strict=True))
+
+    def every(start: int, count: int, stride: int) -> slice:
+        return slice(start, start + (count - 1) * stride + 1, stride)
+
+    columns = [x_BHWC[:, :, every(j, W, strides[1])] for j in range(w)]
+    rows_BHWK = jnp.concatenate(columns, -1)  # K = w C
+    y_ND = sum(
+        rows_BHWK[:, every(i, H, strides[0])].reshape(-1, w * C) @ w_hwCD[i].reshape(w * C, D)
+        for i in range(h)
+    )
+    return y_ND.reshape(B, H, W, D)
+
+
 class ConvNorm(nnx.Module):
     """A 3x3 convolution without bias, and batch normalisation."""
 
     def __init__(self, n_in: int, n_out: int, stride: int, rngs: nnx.Rngs):
-        init = nnx.initializers.he_normal()
+        on_cpu = jax.default_backend() == "cpu"
         self.conv = nnx.Conv(
-            n_in, n_out, (3, 3), stride, use_bias=False, kernel_init=init, rngs=rngs
+            n_in,
+            n_out,
+            (3, 3),
+            stride,
+            use_bias=False,
+            kernel_init=nnx.initializers.he_normal(),
+            conv_general_dilated=convolve_rows if on_cpu else jax.lax.conv_general_dilated,
+            rngs=rngs,
         )
         self.scale = nnx.Param(jnp.ones(n_out))
         self.bias = nnx.Param(jnp.zeros(n_out))

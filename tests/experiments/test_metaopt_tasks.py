@@ -16,7 +16,7 @@ from experiments.metaopt_grid import GridSpec, run_grid
 from experiments.metaopt_job import TaskSettings, check_batch, gaps, open_task, show
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_pictures import by_rate, draw
-from experiments.metaopt_resnet import Normalizer, ResNet, augment
+from experiments.metaopt_resnet import Normalizer, ResNet, augment, convolve_rows
 from experiments.metaopt_text import LSTM, CharRNN, windows
 
 TINY = {
@@ -60,6 +60,31 @@ def test_the_loss_falls(kind):
     assert losses[0] == pytest.approx(np.log(classes), rel=0.6)
     assert losses[-1] < 0.8 * losses[0]
     assert all(np.isfinite(v) for v in jax.jit(task.score)(params).values())
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "padding"),
+    [
+        ((8, 8), (3, 3), (1, 1), "SAME"),
+        ((8, 7), (3, 3), (2, 2), "SAME"),
+        ((7, 9), (3, 2), (2, 1), "SAME"),
+        ((5, 6), (1, 1), (2, 2), "SAME"),
+        ((8, 7), (3, 3), (2, 2), "VALID"),
+    ],
+)
+def test_convolution_by_products_is_xlas(size, kernel, strides, padding):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, *size, 3))
+    w = jax.random.normal(keys[1], (*kernel, 3, 5))
+    native = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
+        x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    expected, pull = jax.vjp(native, x, w)
+    got, pull_ours = jax.vjp(lambda x, w: convolve_rows(x, w, strides, padding), x, w)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    dy = jax.random.normal(keys[2], expected.shape)
+    for ours, theirs in zip(pull_ours(dy), pull(dy), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_resnet_halves_twice_and_starts_as_its_head():

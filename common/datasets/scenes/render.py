@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,8 +103,9 @@ class Camera:
 
     def project(self, centre: Vec3, radius: float) -> tuple[float, float, float]:
         """Returns `(u, v, radius)`, a circle round a ball's image in a frame of [-1, 1]^2."""
+        right, up, forward = self.axes
         offset = [c - p for c, p in zip(centre, self.position, strict=True)]
-        x, y, depth = (sum(a * c for a, c in zip(axis, offset, strict=True)) for axis in self.axes)
+        x, y, depth = _dot(right, offset), _dot(up, offset), _dot(forward, offset)
         unit = depth * self.tan_half
         stretch = math.hypot(x, y, depth) / unit  # balls off the axis look longer
         return x / unit, y / unit, stretch * radius / max(depth - radius, 1e-3)
@@ -138,6 +140,10 @@ class Scene:
     camera: Camera
     light: Light
     backdrop: Backdrop
+
+
+def _dot(a: Axes, b: Axes) -> Any:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def _to_local(obj: Object, v: Axes) -> Axes:
@@ -224,10 +230,6 @@ def trace(scene: Scene, side: int = SIZE) -> tuple[Floats, NDArray[np.int64], li
         depth_HW[at][first] = enter[first]
         ids_HW[at][first] = k
     return depth_HW, ids_HW, covered
-
-
-def _dot(a: Floats, b: Floats) -> Floats:
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def _unit(v: Floats) -> Floats:

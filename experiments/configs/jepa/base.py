@@ -103,7 +103,8 @@ def smoke(config: ConfigDict, *, image: int, patch: int) -> ConfigDict:
     """Shrinks a config to a few steps that take seconds on a laptop, with the same code paths."""
     config.model.update(image=image, patch=patch, width=32, depth=2, heads=2, hidden=64)
     config.model.update(predictor_width=16, predictor_depth=1, predictor_heads=2)
-    config.train.update(epochs=0.0, steps=3, batch=8, log_every=1, eval_every=2, save_every=2)
+    config.train.update(epochs=0.0, steps=3, batch=8, accumulate=1)
+    config.train.update(log_every=1, eval_every=2, save_every=2)
     config.optim.warmup_epochs = 0.0
     config.masks.update(collate=8, context_tokens=0)
     config.mesh.update(replica=1, fsdp=-1, tensor=1)
