@@ -16,7 +16,7 @@ from experiments.metaopt_grid import GridSpec, run_grid
 from experiments.metaopt_job import TaskSettings, check_batch, gaps, open_task, show
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_pictures import by_rate, draw
-from experiments.metaopt_resnet import Normalizer, ResNet, augment, convolve_rows
+from experiments.metaopt_resnet import Normalizer, ResNet, augment, convolve_by_product
 from experiments.metaopt_text import LSTM, CharRNN, windows
 
 TINY = {
@@ -80,7 +80,7 @@ def test_convolution_by_products_is_xlas(size, kernel, strides, padding):
         x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     expected, pull = jax.vjp(native, x, w)
-    got, pull_ours = jax.vjp(lambda x, w: convolve_rows(x, w, strides, padding), x, w)
+    got, pull_ours = jax.vjp(lambda x, w: convolve_by_product(x, w, strides, padding), x, w)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     dy = jax.random.normal(keys[2], expected.shape)
     for ours, theirs in zip(pull_ours(dy), pull(dy), strict=True):
