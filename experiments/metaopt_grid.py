@@ -6,6 +6,7 @@ stopped continues.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import optax
 from rich.progress import Progress
 
 from common.checkpoint import Checkpointer
+from common.results import ResultRow
 from common.writers import JsonlWriter
 from metaopt import learned
 
@@ -272,3 +274,10 @@ def summary(cells: Sequence[Cell]) -> dict[str, float]:
     }
     metrics["diverged"] = float(np.mean([not cell.finite for cell in cells]))
     return metrics
+
+
+def diverged(row: ResultRow, score: str) -> float:
+    """The least share of a row's seeds whose parameters, loss or score are not finite."""
+    # The mean over seeds of a perplexity overflows as soon as one of them does.
+    overflown = 0.0 if math.isfinite(row.metrics[score]) else 1 / len(row.seeds)
+    return max(row.metrics["diverged"], overflown)

@@ -17,7 +17,7 @@ from rich.table import Table
 from common.config import ConfigError, build
 from common.results import ResultRow, append_row, make_row, read_rows
 from experiments.metaopt_gpt import gpt_task
-from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
+from experiments.metaopt_grid import GridSpec, Method, Task, diverged, run_grid, summary
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_mlp import mlp_task
 from experiments.metaopt_pictures import draw
@@ -157,10 +157,10 @@ def gaps(rows: list[ResultRow], score: str) -> dict[str, Gap]:
     scores: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
     for row in rows:
-        value, diverged = row.metrics[score], row.metrics["diverged"]
-        bad = diverged > 0 or not math.isfinite(value)
-        scores.setdefault(row.overrides["method"], []).append(math.inf if bad else value)
-        shares.setdefault(row.overrides["method"], []).append(diverged)
+        share = diverged(row, score)
+        value = math.inf if share else row.metrics[score]
+        scores.setdefault(row.overrides["method"], []).append(value)
+        shares.setdefault(row.overrides["method"], []).append(share)
     best = max(min(map(min, scores.values())), 1e-12)
     return {
         method: Gap(
@@ -202,4 +202,4 @@ def _cell(row: ResultRow | None, score: str) -> str:
         return ""
     value = row.metrics[score]
     text = f"{100 * value:.2f} %" if score == "error" else f"{value:.3g}"
-    return text + ("*" if row.metrics["diverged"] else "")
+    return text + ("*" if diverged(row, score) else "")

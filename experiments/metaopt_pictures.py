@@ -12,7 +12,7 @@ from matplotlib.ticker import LogFormatter
 from common.plots import COLORS
 from common.results import ResultRow
 from common.writers import read_rows
-from experiments.metaopt_grid import GridSpec
+from experiments.metaopt_grid import GridSpec, diverged
 
 FEW = 4  # initial rates that each get a column
 NAMES = {
@@ -74,7 +74,7 @@ def by_rate(rows: Sequence[ResultRow], methods: Sequence[str], score: str) -> Fi
         own = sorted(
             (
                 row.overrides["initial_rate"],
-                _natural(score, row.metrics[score] if not row.metrics["diverged"] else np.nan),
+                _natural(score, np.nan if diverged(row, score) else row.metrics[score]),
             )
             for row in rows
             if row.overrides["method"] == method

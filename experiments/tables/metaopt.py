@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.results import ResultRow, read_rows
 from common.writers import read_rows as read_metrics
+from experiments.metaopt_grid import diverged
 from experiments.metaopt_job import gaps
 from experiments.metaopt_table1 import ROWS as TABLE1
 from experiments.metaopt_table1 import percent as mean_and_sd
@@ -74,7 +75,7 @@ def robustness(results: Path) -> str:
         note = (
             f"Test {'error in %' if score == 'error' else score} after {rows[0].steps} steps, by initial rate, "
             f"{len(rows[0].seeds)} seed(s), {where}; worst: of a method's runs, as a multiple of the best run of all; "
-            "diverged: share of its runs, which a star marks."
+            "diverged: least share of its runs that did not end finite; a star marks where."
         )
         name = path.stem.removeprefix("metaopt_robustness_")
         header = ("method", *[f"{r:g}" for r in rates], "worst", "diverged")
@@ -154,7 +155,7 @@ def _at(
     """The score of one run; a star where it diverged."""
     for row in rows:
         if row.overrides["method"] == method and row.overrides["initial_rate"] == rate:
-            return show(row.metrics[score]) + ("*" if row.metrics["diverged"] else "")
+            return show(row.metrics[score]) + ("*" if diverged(row, score) else "")
     return ""
 
 

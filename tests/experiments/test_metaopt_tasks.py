@@ -299,6 +299,7 @@ def test_gaps_are_to_the_best_run_of_all(capsys):
     assert (found["steady"].worst, found["steady"].mean) == pytest.approx((2, 2))
     assert (found["tuned"].worst, found["tuned"].mean) == pytest.approx((4, 2))
     assert found["tuned"].diverged == 0 and found["wild"].diverged == 0.5
+    assert found["lost"].diverged == 1  # a score that is not finite, whatever the parameters are
     assert found["wild"].worst == found["wild"].mean == found["lost"].worst == np.inf
     show(rows, "title")
     printed = capsys.readouterr().out
