@@ -96,7 +96,10 @@ class GridSpec:
 
 @dataclass(frozen=True)
 class Cell:
-    """How one run ended: test scores, mean training loss of the last epoch, learned values, and if all was finite."""
+    """How one run ended: test scores, mean training loss of the last epoch, learned values.
+
+    finite: whether parameters, training loss and scores all are.
+    """
 
     rate: float
     seed: int
@@ -254,9 +257,8 @@ def _cells(spec: GridSpec, last: Mapping[str, Any], params: Any) -> list[Cell]:
             scores = {k: at(v) for k, v in last["scores"].items()}
             loss = scores.pop("train_loss")
             values = {k: at(v) for k, v in last["learned"].items()}
-            cells.append(
-                Cell(rate, seed, scores, loss, values, bool(finite[s, r]) and np.isfinite(loss))
-            )
+            good = bool(finite[s, r]) and all(map(math.isfinite, (loss, *scores.values())))
+            cells.append(Cell(rate, seed, scores, loss, values, good))
     return cells
 
 
@@ -277,7 +279,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, float]:
 
 
 def diverged(row: ResultRow, score: str) -> float:
-    """The least share of a row's seeds whose parameters, loss or score are not finite."""
-    # The mean over seeds of a perplexity overflows as soon as one of them does.
+    """The share of a row's seeds whose parameters, loss or score are not finite."""
+    # Rows from before cells looked at their scores: the mean over seeds overflows as soon as one seed's does.
     overflown = 0.0 if math.isfinite(row.metrics[score]) else 1 / len(row.seeds)
     return max(row.metrics["diverged"], overflown)

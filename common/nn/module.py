@@ -69,7 +69,9 @@ def scan_stack(
     depth = jax.tree.leaves(stacked)[0].shape[0]
     body = jax.checkpoint(apply, prevent_cse=False) if remat else apply
     if unroll >= depth:
-        for i in range(depth):
-            x = body(jax.tree.map(lambda p, i=i: p[i], stacked), x)
+        # Unstacked at once, gradients are one concatenation; by indexing, each would be padded to the stack and added.
+        leaves, structure = jax.tree.flatten(stacked)
+        for block in zip(*map(jnp.unstack, leaves)):
+            x = body(jax.tree.unflatten(structure, block), x)
         return x
     return jax.lax.scan(lambda x, p: (body(p, x), None), x, stacked, unroll=unroll)[0]

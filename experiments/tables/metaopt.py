@@ -55,6 +55,46 @@ def figure4a(results: Path) -> str:
     return section("Figure 4a", note, ("method", *[f"{r:g}" for r in rates]), lines if rows else [])
 
 
+def figure2(results: Path) -> str:
+    rows = read_rows(results / "metaopt_cifar10_resnet20.jsonl")
+    with open(PAPER / "metaopt_figure2.csv") as file:
+        paper = {
+            (p["figure"], p["method"], float(p["rate"])): p["error"] for p in csv.DictReader(file)
+        }
+    lines = []
+    for row in rows:
+        method, rate = row.overrides["method"], row.overrides["initial_rate"]
+        learned = row.metrics.get("learned/learning_rate")
+        lines.append(
+            (
+                method,
+                f"{rate:g}",
+                _at([row], method, rate, percent),
+                f"{row.metrics['train_loss']:.3f}",
+                "" if learned is None else f"{learned:.2g}",
+                paper.get(("2a", method, rate), ""),
+                paper.get(("2b", method, rate), ""),
+                row.id,
+            )
+        )
+    steps = "/".join(sorted({f"{row.steps:,}" for row in rows}))
+    note = (
+        f"ResNet-20 on CIFAR-10, batch 128, momentum in brackets: test error in % after {steps} steps. The paper's are "
+        "after 78,000 (2a) and 195,000 (2b), read off the figure (± 5 % of themselves)."
+    )
+    header = (
+        "optimizer",
+        "initial rate",
+        "error",
+        "training loss",
+        "rate at the end",
+        "paper 2a",
+        "paper 2b",
+        "row",
+    )
+    return section("Figure 2", note, header, lines)
+
+
 def robustness(results: Path) -> str:
     texts = []
     for path in sorted(results.glob("metaopt_robustness_*.jsonl")):
@@ -163,4 +203,12 @@ def _same(a: float, b: float) -> bool:
     return abs(a / b - 1) < 1e-6
 
 
-SECTIONS: tuple[Section, ...] = (table1, figure4a, robustness, figure3, overhead, across_papers)
+SECTIONS: tuple[Section, ...] = (
+    table1,
+    figure4a,
+    figure2,
+    robustness,
+    figure3,
+    overhead,
+    across_papers,
+)

@@ -85,8 +85,13 @@ def test_a_cell_is_the_run_it_would_be_alone(task, tmp_path):
 
 def test_divergence_is_seen(task, tmp_path):
     broken = Method("broken", lambda rate: jax_nan(), in_state=False)
-    (cell,) = run_grid(task, broken, GridSpec(1, 64, (1.0,)), tmp_path)
+    (cell,) = run_grid(task, broken, GridSpec(1, 64, (1.0,)), tmp_path / "parameters")
     assert not cell.finite
+    overflows = dataclasses.replace(
+        task, score=lambda params: {"perplexity": np.inf * jax.numpy.ones(())}
+    )
+    (cell,) = run_grid(overflows, METHODS["sgd"], GridSpec(1, 64, (1e-3,)), tmp_path / "score")
+    assert not cell.finite and np.isfinite(cell.train_loss)
 
 
 def jax_nan():
