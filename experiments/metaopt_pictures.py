@@ -46,7 +46,7 @@ def over_time(workdir: Path, methods: Sequence[str], rates: Sequence[float], sco
     shown = [score, "train_loss"]
     if any(key.startswith("learning_rate ") for log in logs.values() for key in log[-1]):
         shown.append("learning_rate")
-    figure, axes = _figure(len(shown), len(rates))
+    figure, axes = _figure(len(shown), len(rates), width=max(3.2, 6.4 / len(rates)))
     for (method, curves), (color, dash) in zip(logs.items(), _styles(methods)):
         for column, rate in zip(axes.T, rates):
             for ax, name in zip(column, shown):
@@ -62,7 +62,7 @@ def over_time(workdir: Path, methods: Sequence[str], rates: Sequence[float], sco
         for ax in line:
             if name != "error":
                 _log(ax)
-    _legend(figure, axes[0, 0], len(rates))
+    _legend(figure, axes[0, 0])
     return figure
 
 
@@ -83,7 +83,7 @@ def by_rate(rows: Sequence[ResultRow], methods: Sequence[str], score: str) -> Fi
             ax.plot(*zip(*own), color=color, ls=dash, lw=1.3, marker="o", ms=3, label=method)
     ax.set(xscale="log", xlabel="initial rate", ylabel=NAMES[score])
     _log(ax)
-    _legend(figure, ax, 2)
+    _legend(figure, ax)
     return figure
 
 
@@ -127,14 +127,14 @@ def _log(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
-def _legend(figure: Figure, ax: Axes, columns: int) -> None:
+def _legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if labels:
         figure.legend(
             handles,
             labels,
             loc="outside lower center",
-            ncols=columns + 1,
+            ncols=int(figure.get_figwidth() / 2.1),  # inches for the longest name
             frameon=False,
             fontsize=8,
         )
