@@ -16,7 +16,7 @@ from experiments.tables.parts import HERE
 HEAD = """# Reproduction tables
 
 Written by `python -m experiments.tables` from the rows in `experiments/results/`; do not edit. All on 2 CPU cores unless a
-row says otherwise. README.md says what they mean, LOG.md how they came about.
+row says otherwise. REPORT.md says what they mean, LOG.md how they came about.
 """
 PAPERS = {
     "metaopt: Gradient Descent: The Ultimate Optimizer": metaopt.SECTIONS,

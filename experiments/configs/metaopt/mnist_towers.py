@@ -14,13 +14,14 @@ def get_config(arg: str = ""):
     config = base()
     config.name = "mnist_towers"
     config.grid.update(epochs=args.epochs, seeds=tuple(range(args.seeds)))
-    towers = [f"tower{h}(sgd)" for h in range(1, 6)]
+    towers = [f"tower{h}(sgd)" for h in range(1, 6)]  # 4a
+    by_table = [f"table_tower{h}(sgd)" for h in range(1, 4)]  # 4b
     config.methods = (
         "auto(sgd)",
         "sgd",
         "auto(adam)",
         *towers,
-        "table_tower3(sgd)",
+        *by_table,
         "greedy(sgd)",
         "adam",
     )
