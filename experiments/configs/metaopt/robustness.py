@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
     if args.task in SMALL and not args.full:
         settings, config.grid.epochs = SMALL[args.task]
         config.task.update(settings)
-        config.grid.rates = RATES[::2]
+        config.grid.update(rates=RATES[::2], save_every=1)
     if args.epochs:
         config.grid.epochs = args.epochs
     return smoke(config) if args.smoke else config
