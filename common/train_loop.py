@@ -17,8 +17,10 @@ from common.checkpoint import Checkpointer
 from common.config import ConfigError
 from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
+from common.host import set_fragments_aside
 from common.mesh import auto_mesh
 from common.metrics import compute
+from common.nn.policy import compiler_options
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
 from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, replicated
@@ -145,6 +147,7 @@ def train(
         in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(),
     )
     profile = (
         ProfileWindow(workdir, spec.profile_start, spec.profile_start + spec.profile_steps)
@@ -212,13 +215,17 @@ def train(
                 raise Preempted(f"stopped by a signal at step {step}; the state is saved")
             batch = next(data)
             ledger.charge("input")
+            if step == start:
+                step_fn = step_fn.lower(state, batch, jnp.int32(step)).compile()
+                set_fragments_aside()
+                ledger.charge("compile")
             with annotate(step):
                 state, metrics = step_fn(state, batch, jnp.int32(step))
             flush()
             in_flight.append(metrics["loss"].sum)
             if len(in_flight) > most_in_flight:
                 jax.block_until_ready(in_flight.pop(0))
-            ledger.charge("compile" if step == start else "step")
+            ledger.charge("step")
             if (spec.log_every and step % spec.log_every == 0) or step + 1 == spec.steps:
                 now = time.perf_counter()
                 steps_since = step - marked_step

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.attention import attention
-from common.nn.policy import Policy
+from common.nn.policy import Policy, computed_once
 
 # Logical names of every parameter's axes, by the end of its path. Rules (common/sharding.py) map names to mesh axes.
 LOGICAL_AXES = {
@@ -108,5 +108,6 @@ class Block(nnx.Module):
         self.mlp = MLP(width, hidden, policy, rngs)
 
     def __call__(self, x_BND: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        x_BND = x_BND + self.attention(self.norm1(x_BND), valid)
+        x_BND = computed_once(x_BND)
+        x_BND = computed_once(x_BND + self.attention(self.norm1(x_BND), valid))
         return x_BND + self.mlp(self.norm2(x_BND))

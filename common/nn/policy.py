@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,36 @@ def _weight_gradient(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
 
 
 def _weight_gradient_cpu(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
-    """x^T g where the matrix unit is an x86 core's.
+    """x^T g as XLA's CPU backend multiplies fast: with a left operand that is summed over its last axis.
 
-    XLA's CPU backend reaches that unit only when the left operand is summed over its last axis, and folds every
-    transpose it recognises back into the slow form. A product with the identity transposes exactly, unrecognised; it
-    costs least on the narrower operand.
+    The layout makes the transpose a copy: left to itself, XLA folds it back into the slow product. It costs least on the
+    narrower operand.
     """
     if x_ND.shape[1] > g_NF.shape[1]:
         return lax.optimization_barrier(_weight_gradient_cpu(g_NF, x_ND)).T
-    eye_DD = jnp.eye(x_ND.shape[1], dtype=x_ND.dtype)
-    x_DN = lax.optimization_barrier(_dot("bfloat16", eye_DD, x_ND, (1, 1)).astype(x_ND.dtype))
+    x_DN = with_layout_constraint(x_ND.T, Layout(major_to_minor=(0, 1)))
     return _dot("bfloat16", x_DN, g_NF, (1, 0))
+
+
+@jax.custom_vjp
+def computed_once(x: jax.Array) -> jax.Array:
+    """`x`, whose gradient is computed once where it is used many times: the residual stream's.
+
+    XLA's CPU backend would fuse the sum that is that gradient into each of its uses, and so, at every block, add up anew
+    what all later blocks contribute.
+    """
+    return x
+
+
+def _once(_, g: jax.Array) -> tuple[jax.Array]:
+    return (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),)
+
+
+computed_once.defvjp(lambda x: (x, None), _once)
+
+
+def compiler_options() -> dict[str, str] | None:
+    """For the jit of a training step: keeps optimization barriers on CPU, where XLA drops them before it fuses."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"}

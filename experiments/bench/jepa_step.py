@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "bench_jepa_step.jsonl"
 
 def ours(steps: int, unroll: int) -> dict[str, Any]:
     """Times the real train step (common/train_step.py) of the real recipe."""
-    from common.host import keep_freed_memory
+    from common.host import keep_freed_memory, set_fragments_aside
 
     keep_freed_memory()
     import jax
@@ -38,7 +38,7 @@ def ours(steps: int, unroll: int) -> dict[str, Any]:
     import numpy as np
 
     from common.flops import measure_matmul_peak, traced_flops
-    from common.nn.policy import Policy
+    from common.nn.policy import Policy, compiler_options
     from common.state import init_state
     from common.train_step import make_train_step
     from jepa.config import vit
@@ -55,8 +55,10 @@ def ours(steps: int, unroll: int) -> dict[str, Any]:
     step = make_train_step(recipe)
     flops = traced_flops(step, state, batch, jnp.int32(0))
     began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch, jnp.int32(0)).compile()
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    compiled = jitted.lower(state, batch, jnp.int32(0)).compile()
     compile_seconds = time.perf_counter() - began
+    set_fragments_aside()
 
     def run(i: int) -> None:
         nonlocal state

@@ -10,7 +10,7 @@ import pytest
 from common.checkpoint import Checkpointer
 from common.mesh import MeshSpec, make_mesh
 from common.metrics import compute
-from common.nn.policy import Policy
+from common.nn.policy import Policy, compiler_options
 from common.optim import OptimSpec
 from common.sharding import BATCH_AXES, batch_sharding, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
@@ -23,12 +23,12 @@ STEPS, BATCH = 3, 16
 MESHES = {"ddp": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 2), "fsdp_tensor": (2, 2, 2)}
 
 
-def recipe() -> IJepa:
+def recipe(compute: str = "float32") -> IJepa:
     model = vit(
         "tiny", image=32, patch=4, width=64, depth=2, heads=4, hidden=128, predictor_width=32, predictor_depth=1,
         predictor_heads=2,
     )  # fmt: skip
-    policy = Policy(compute="float32", unroll=1, batch_axes=BATCH_AXES)
+    policy = Policy(compute=compute, unroll=1, batch_axes=BATCH_AXES)
     # A large eps: Adam's first steps otherwise turn rounding in tiny gradients into whole learning rates.
     optim = OptimSpec(lr=1e-3, eps=1e-3)
     return IJepa(model, MaskSpec(grid=model.grid), steps=10, optim=optim, policy=policy)
@@ -45,7 +45,12 @@ def train(sizes: tuple[int, int, int], mode: str = "auto", r: IJepa | None = Non
     r = r or recipe()
     mesh = make_mesh(MeshSpec(*sizes, mode=mode), jax.devices()[: int(np.prod(sizes))])
     _, sharding = state_shardings(r, mesh)
-    step = jax.jit(make_train_step(r), out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+    step = jax.jit(
+        make_train_step(r),
+        out_shardings=(sharding, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(),
+    )
     losses = []
     with jax.set_mesh(mesh):
         state = init_sharded(r, jax.random.key(0), sharding)
@@ -60,6 +65,13 @@ def train(sizes: tuple[int, int, int], mode: str = "auto", r: IJepa | None = Non
 @pytest.fixture(scope="module")
 def single():
     return train((1, 1, 1))
+
+
+@pytest.mark.slow
+def test_the_same_in_bfloat16():
+    """CPU's own weight gradients included; rounding is all that differs."""
+    one, eight = (train(sizes, r=recipe("bfloat16"))[1] for sizes in ((1, 1, 1), (2, 2, 2)))
+    np.testing.assert_allclose(eight, one, rtol=2e-3)
 
 
 @pytest.mark.slow
