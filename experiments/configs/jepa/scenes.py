@@ -10,7 +10,7 @@ from experiments.configs.jepa.base import base, smoke
 
 
 def get_config(arg: str = ""):
-    args = parse_arg(arg, smoke=False, epochs=6.0, seed=0)
+    args = parse_arg(arg, smoke=False, epochs=8.0, seed=0)
     config = base()
     config.name = "scenes"
     config.data.update(name="scenes", examples=20_000, flip=True)
