@@ -53,7 +53,7 @@ def speed(results: Path) -> str:
     ]
     note = (
         "Train step of 192 x 12, patch 4, batch 128 on 32x32, images a second, and as a ratio to torch's best "
-        f"(row `{row.id}`)."
+        f"({machine(row)}; row `{row.id}`)."
     )
     return section("Speed", note, ("what", "images/s", "ratio"), lines)
 
