@@ -70,6 +70,13 @@ class Encoder:
         x_BND = self._run(params["blocks"], x_BND, valid_BK)
         return self._parts["norm"](params["norm"], x_BND)
 
+    def constant(self, params: Params, x_BHWC: jax.Array) -> jax.Array:
+        """All tokens [B, N, D] as constants: no gradient flows through them. Takes few images at a time on CPU."""
+        rows, cols = self.config.grid
+        largest = 4 * rows * cols * self.config.hidden
+        tokens_BND = self.policy.in_groups(lambda x: self(params, x), x_BHWC, largest)
+        return jax.lax.stop_gradient(tokens_BND)
+
     def layers(self, params: Params, x_BHWC: jax.Array, last: int = 4) -> jax.Array:
         """The outputs of the last `last` blocks, each through the final norm: [last, B, N, D]. Probes read these."""
         if not 1 <= last <= self.config.depth:

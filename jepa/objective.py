@@ -68,7 +68,7 @@ def ijepa_loss(
     context_valid, target_valid = batch.get("context_valid"), batch.get("target_valid")
 
     # 1. Targets: the EMA encoder sees the whole image; a second, affine-free norm; then the blocks are gathered.
-    h_BND = jax.lax.stop_gradient(encoder(target_params, images))
+    h_BND = encoder.constant(target_params, images)
     B, M, T = batch["targets"].shape
     centred_BND = h_BND - h_BND.mean(0) if spec.center else h_BND
     target_BMTD = gather_tokens(

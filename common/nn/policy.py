@@ -5,6 +5,7 @@ Matrix units take bfloat16 operands and accumulate in float32 (TPU MXU, NVIDIA t
 mode would multiply a float32 cotangent with a bfloat16 operand, which runs at the float32 rate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+
+CACHE_BYTES = (
+    8 << 20
+)  # of a layer's activations that a CPU had better not exceed: they then stay in its caches
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,22 @@ class Policy:
             return x
         spec = jax.P(self.batch_axes, *[jax.P.UNCONSTRAINED] * (x.ndim - 1))
         return lax.with_sharding_constraint(x, spec)
+
+    def in_groups(self, f: Callable, x: jax.Array, bytes_each: int) -> jax.Array:
+        """`f(x)` for an `f` that takes examples along the leading axis one by one.
+
+        A CPU takes as many at once as its caches hold, where `bytes_each` is the largest activation of one. Meant for passes
+        without a gradient: for one, everything would be kept and leave the caches all the same.
+        """
+        if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+            return f(x)
+        size = len(x)
+        fitting = [n for n in range(1, size + 1) if size % n == 0 and n * bytes_each <= CACHE_BYTES]
+        at_once = max(fitting, default=size)
+        if at_once == size:
+            return f(x)
+        y = lax.map(f, x.reshape(size // at_once, at_once, *x.shape[1:]))
+        return y.reshape(size, *y.shape[2:])
 
     def cast(self, x: jax.Array) -> jax.Array:
         """`x` as contractions take it. Cast before moving data about: it halves what moves."""
