@@ -72,8 +72,7 @@ class Encoder:
 
     def constant(self, params: Params, x_BHWC: jax.Array) -> jax.Array:
         """All tokens [B, N, D] as constants: no gradient flows through them. Takes few images at a time on CPU."""
-        rows, cols = self.config.grid
-        largest = 4 * rows * cols * self.config.hidden
+        largest = 4 * self.config.tokens * self.config.hidden
         tokens_BND = self.policy.in_groups(lambda x: self(params, x), x_BHWC, largest)
         return jax.lax.stop_gradient(tokens_BND)
 

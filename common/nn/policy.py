@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-CACHE_BYTES = (
-    8 << 20
-)  # of a layer's activations that a CPU had better not exceed: they then stay in its caches
+# Of a layer's activations, what a CPU had better not exceed: they then stay in its caches.
+CACHE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,15 @@ def run(code: str) -> list[int]:
 FRAGMENTS = """
 import ctypes
 import numpy as np
-from common.host import keep_freed_memory, set_fragments_aside
+from common.host import _glibc, keep_freed_memory, set_fragments_aside
 keep_freed_memory()
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-libc.free.argtypes = [ctypes.c_void_p]
+libc = _glibc()
 sizes = [40_000 + 64 * (i % 1000) for i in range(2000)]
 blocks = [libc.malloc(size) for size in sizes]
 kept = np.arange(1_000_000)
 for block in blocks[::2]:
     libc.free(block)  # holes between blocks that are in use
-holes = {block for block in blocks[::2]}
+holes = set(blocks[::2])
 """
 
 

@@ -21,9 +21,7 @@ def test_weight_gradients_sum_over_rows(shape):
     x, w, g = (rng.normal(size=s).astype(jnp.bfloat16) for s in ((n, d), (d, f), (n, f)))
     _, pullback = jax.vjp(Policy().dense, x.astype(np.float32), w.astype(np.float32))
     dx, dw = jax.jit(pullback)(g.astype(np.float32))
-    x, w, g = (
-        a.astype(np.float64) for a in (x, w, g)
-    )  # exact: products of bfloat16 are summed in float32
+    x, w, g = (a.astype(np.float64) for a in (x, w, g))
     np.testing.assert_allclose(dx, g @ w.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dw, x.T @ g, rtol=1e-5, atol=1e-5)
 

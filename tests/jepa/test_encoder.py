@@ -184,7 +184,7 @@ def test_huge_counts_exactly_with_its_table_of_positions():
 def test_constants_are_the_same_in_groups(monkeypatch, held, at_once):
     """Few images at a time, as many as caches hold and divide the batch; all, where not even one fits."""
     images = np.concatenate([IMAGES, IMAGES[::-1]])
-    each = 4 * CONFIG.grid[0] * CONFIG.grid[1] * CONFIG.hidden
+    each = 4 * CONFIG.tokens * CONFIG.hidden
     monkeypatch.setattr("common.nn.policy.CACHE_BYTES", held * each)
     jaxpr = jax.make_jaxpr(ENCODER.constant)(PARAMS, images)
     loops = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
