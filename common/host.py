@@ -21,7 +21,8 @@ def keep_freed_memory() -> None:
     if libc is None:
         return
     libc.mallopt(_M_MMAP_MAX, 0)  # large blocks come from the heap, not from a mapping of their own
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # and the heap does not shrink
+    # And the heap never shrinks: the largest int as a threshold would let go of what is beyond 2 GiB.
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
     libc.mallopt(_M_ARENA_MAX, 1)  # one heap, so that any thread finds what another freed
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.nn.layers import INIT, Block, LayerNorm, linear
+from common.nn.layers import INIT, Block, LayerNorm, Linear
 from common.nn.module import Module, Params, define, init_stack, scan_stack
 from common.nn.policy import Policy
 from experiments.metaopt_grid import Task
@@ -55,7 +55,7 @@ class GPT:
             "embedding": define(lambda rngs: Embedding(V, self.length, D, rngs)),
             "block": define(lambda rngs: Block(D, D // HEAD, 4 * D, policy, rngs)),
             "norm": define(lambda rngs: LayerNorm(D, rngs=rngs)),
-            "head": define(lambda rngs: linear(D, V, policy, rngs)),
+            "head": define(lambda rngs: Linear(D, V, policy, rngs)),
         }
 
     def init(self, key: jax.Array) -> Params:

@@ -97,18 +97,29 @@ class Encoder:
 
 
 def run_blocks(
-    block: Module, stacked: Params, x_BND: jax.Array, valid_BN: jax.Array | None, policy: Policy
+    block: Module,
+    stacked: Params,
+    x_BND: jax.Array,
+    valid_BN: jax.Array | None,
+    policy: Policy,
+    last: int = 0,
 ) -> jax.Array:
-    """The stack of blocks over tokens, under the policy's loop layout and rematerialisation."""
-    depth = jax.tree.leaves(stacked)[0].shape[0]
+    """The stack of blocks over tokens, under the policy's loop layout and rematerialisation.
+
+    `last`: how many tokens, from the end, are wanted; the final block computes only these. 0: all.
+    """
     x_BND = policy.constrain(x_BND)
-    return scan_stack(
-        lambda p, x: policy.constrain(block(p, x, valid_BN)),
-        stacked,
-        x_BND,
-        unroll=policy.blocks_per_turn(depth),
-        remat=policy.remat,
-    )
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    cut = depth - 1 if last else depth
+    for part, wanted in ((slice(cut), 0), (slice(cut, depth), last)):
+        x_BND = scan_stack(
+            lambda p, x, wanted=wanted: policy.constrain(block(p, x, valid_BN, wanted)),
+            jax.tree.map(lambda p, part=part: p[part], stacked),
+            x_BND,
+            unroll=policy.blocks_per_turn(depth),
+            remat=policy.remat,
+        )
+    return x_BND
 
 
 def rescale_by_depth(blocks: Params) -> Params:

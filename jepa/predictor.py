@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from common.nn.embed import sincos_2d
-from common.nn.layers import INIT, Block, LayerNorm, linear
+from common.nn.layers import INIT, Block, LayerNorm, Linear
 from common.nn.module import Module, Params, define, init_stack
 from common.nn.policy import Policy
 from jepa.config import ViTConfig
@@ -35,10 +35,10 @@ class Predictor:
         c, policy = self.config, self.policy
         heads, hidden = c.predictor_heads or c.heads, 4 * c.predictor_width
         return {
-            "embed": define(lambda rngs: linear(c.width, c.predictor_width, policy, rngs)),
+            "embed": define(lambda rngs: Linear(c.width, c.predictor_width, policy, rngs)),
             "block": define(lambda rngs: Block(c.predictor_width, heads, hidden, policy, rngs)),
             "norm": define(lambda rngs: LayerNorm(c.predictor_width, rngs=rngs)),
-            "proj": define(lambda rngs: linear(c.predictor_width, c.width, policy, rngs)),
+            "proj": define(lambda rngs: Linear(c.predictor_width, c.width, policy, rngs)),
         }
 
     def init(self, key: jax.Array) -> Params:
@@ -86,8 +86,8 @@ class Predictor:
         context_BMCP = jnp.broadcast_to(context_BCP[:, None], (B, M, C, P))
         x = jnp.concatenate([context_BMCP, masks_BMTP], axis=2).reshape(B * M, C + T, P)
         valid = _joint_validity(context_valid_BC, target_valid_BMT, B, M, C, T)
-        x = run_blocks(self._parts["block"], params["blocks"], x, valid, self.policy)
-        x = self._parts["norm"](params["norm"], x[:, C:])
+        x = run_blocks(self._parts["block"], params["blocks"], x, valid, self.policy, last=T)
+        x = self._parts["norm"](params["norm"], x)
         return self._parts["proj"](params["proj"], x).reshape(B, M, T, -1)
 
 

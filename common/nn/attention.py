@@ -1,6 +1,6 @@
 """Softmax attention whose products take the policy's operands, forward and backward.
 
-Legend: B batch, N queries, M keys, H heads, K head width.
+Legend: B batch, N queries, M keys, H heads, G = 3 H queries, keys and values of every head, K head width.
 """
 
 from functools import partial
@@ -9,54 +9,61 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from common.nn.policy import fenced, laid_out, rounded
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attention(
-    compute: str,
-    q_BNHK: jax.Array,
-    k_BMHK: jax.Array,
-    v_BMHK: jax.Array,
-    valid: jax.Array | None = None,
+    compute: str, last: int, qkv_BMGK: jax.Array, valid: jax.Array | None = None
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in the operands' type; scores and softmax in float32.
-
-    Heads stay where the projection put them: no copy that brings them to the front (the copies cost more than the
-    products for the few tokens of a small image).
+    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in float32, as are scores and softmax.
 
     Args:
       compute: operand type of the products, "bfloat16" or "float32".
+      last: how many tokens, from the end, ask; 0: all. All are attended to.
+      qkv_BMGK: the heads' queries, then keys, then values, as one projection leaves them.
       valid: False marks what may not be attended to: keys for all queries, [B, M], or for each, [B, N, M] ([1, N, M] for
         the same in every example, such as the past). None: all are seen.
     """
-    return _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid)[0]
+    return _forward(compute, last, qkv_BMGK, valid)[0]
 
 
-def _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid):
-    q, k, v = (x.astype(compute) for x in (q_BNHK, k_BMHK, v_BMHK))
-    scores_BHNM = _einsum("BNHK,BMHK->BHNM", q, k) * q.shape[-1] ** -0.5
+def _forward(compute, last, qkv_BMGK, valid):
+    # One cast of all, then one copy of each with heads in front: inside the products both would cost several times as much.
+    qkv = fenced(rounded(qkv_BMGK, compute))
+    q_BMHK, k_BMHK, v_BMHK = jnp.split(qkv, 3, axis=2)
+    q_BHNK, k_BHMK, v_BHMK = map(_swap, (q_BMHK[:, -last:], k_BMHK, v_BMHK))
+    scores_BHNM = _einsum("BHNK,BHMK->BHNM", q_BHNK, k_BHMK) * q_BHNK.shape[-1] ** -0.5
     if valid is not None:
-        by_query = valid if valid.ndim == 3 else valid[:, None]
+        by_query = valid[:, -last:] if valid.ndim == 3 else valid[:, None]
         scores_BHNM = jnp.where(by_query[:, None], scores_BHNM, -1e30)
     weights_BHNM = jax.nn.softmax(scores_BHNM, axis=-1).astype(compute)
-    out_BNHK = _einsum("BHNM,BMHK->BNHK", weights_BHNM, v).astype(compute)
-    like = tuple(jnp.zeros((), x.dtype) for x in (q_BNHK, k_BMHK, v_BMHK))
-    return out_BNHK, (q, k, v, weights_BHNM, like)
+    out_BHNK = fenced(_einsum("BHNM,BHMK->BHNK", weights_BHNM, v_BHMK))
+    return out_BHNK.swapaxes(1, 2), (q_BHNK, k_BHMK, v_BHMK, weights_BHNM)
 
 
-def _backward(compute, residuals, g_BNHK):
-    q, k, v, weights_BHNM, like = residuals
-    g = g_BNHK.astype(compute)
-    dweights_BHNM = _einsum("BNHK,BMHK->BHNM", g, v)
+def _backward(compute, last, residuals, g_BNHK):
+    q_BHNK, k_BHMK, v_BHMK, weights_BHNM = residuals
+    g_BHNK = _swap(fenced(rounded(g_BNHK, compute)))
+    dweights_BHNM = _einsum("BHNK,BHMK->BHNM", g_BHNK, v_BHMK)
     weights = weights_BHNM.astype(jnp.float32)
     dscores_BHNM = weights * (dweights_BHNM - (dweights_BHNM * weights).sum(-1, keepdims=True))
-    dscores = (dscores_BHNM * q.shape[-1] ** -0.5).astype(compute)
-    dq = _einsum("BHNM,BMHK->BNHK", dscores, k)
-    dk = _einsum("BHNM,BNHK->BMHK", dscores, q)
-    dv = _einsum("BHNM,BNHK->BMHK", weights_BHNM, g)
-    return (*(d.astype(x.dtype) for d, x in zip((dq, dk, dv), like)), None)
+    dscores_BHNM = fenced((dscores_BHNM * q_BHNK.shape[-1] ** -0.5).astype(compute))
+    dq_BHNK = fenced(_einsum("BHNM,BHMK->BHNK", dscores_BHNM, k_BHMK))
+    dk_BHMK = fenced(_einsum("BHMN,BHNK->BHMK", laid_out(dscores_BHNM.swapaxes(2, 3)), q_BHNK))
+    dv_BHMK = fenced(_einsum("BHMN,BHNK->BHMK", laid_out(weights_BHNM.swapaxes(2, 3)), g_BHNK))
+    silent = k_BHMK.shape[2] - q_BHNK.shape[2]
+    dq_BHMK = jnp.pad(dq_BHNK, ((0, 0), (0, 0), (silent, 0), (0, 0)))
+    parts = [d_BHMK.swapaxes(1, 2) for d_BHMK in (dq_BHMK, dk_BHMK, dv_BHMK)]
+    return jnp.concatenate(parts, axis=2), None
 
 
 attention.defvjp(_forward, _backward)
+
+
+def _swap(x_BNHK: jax.Array) -> jax.Array:
+    """Heads in front of tokens, or back."""
+    return laid_out(x_BNHK.swapaxes(1, 2))
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.nn.layers import linear
+from common.nn.layers import Linear
 from common.nn.policy import Policy
 
 
@@ -17,7 +17,7 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, patch: int, channels: int, width: int, policy: Policy, rngs: nnx.Rngs):
         self.patch = patch
-        self.proj = linear(patch * patch * channels, width, policy, rngs)
+        self.proj = Linear(patch * patch * channels, width, policy, rngs)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         return self.proj(patchify(x_BHWC, self.patch))

@@ -3,12 +3,14 @@
 Legend: B batch, N tokens, D width, F hidden width, H heads, K head width.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.attention import attention
-from common.nn.policy import Policy, computed_once
+from common.nn.policy import Policy, fenced, fenced_gradient
 
 # Logical names of every parameter's axes, by the end of its path. Rules (common/sharding.py) map names to mesh axes.
 LOGICAL_AXES = {
@@ -31,29 +33,33 @@ LOGICAL_AXES = {
 INIT = nnx.initializers.normal(stddev=0.02)  # the released code truncates at 100 sigma: never
 
 
-def linear(
-    n_in: int, n_out: int, policy: Policy, rngs: nnx.Rngs, *, bias: bool = True, init=INIT
-) -> nnx.Linear:
-    """`nnx.Linear` with float32 parameters whose product runs under `policy`."""
+class Linear(nnx.Linear):
+    """`nnx.Linear` with float32 parameters, computed under `policy`."""
 
-    def dot_general(x, w, dims, precision=None, out_sharding=None):
-        del dims, precision, out_sharding
-        return policy.dense(x, w)
+    def __init__(
+        self, n_in: int, n_out: int, policy: Policy, rngs: nnx.Rngs, *, bias: bool = True, init=INIT
+    ):
+        super().__init__(n_in, n_out, use_bias=bias, kernel_init=init, rngs=rngs)
+        self.policy = policy
 
-    return nnx.Linear(
-        n_in,
-        n_out,
-        use_bias=bias,
-        kernel_init=init,
-        dot_general=dot_general,
-        promote_dtype=lambda arrays, dtype=None: arrays,  # the policy casts
-        rngs=rngs,
-    )
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bias = None if self.bias is None else self.bias[...]
+        return self.policy.dense(x, self.kernel[...], bias)
 
 
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU by erf, to 1e-6: jax.nn.gelu takes erfc, whose care for the far tail doubles the time."""
     return x * (0.5 + 0.5 * jax.lax.erf(x * 2**-0.5))
+
+
+def _gelu_bwd(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    # By erf of -x: of x, XLA would keep the forward pass's values, which takes longer than computing them in passing.
+    cdf = 0.5 - 0.5 * jax.lax.erf(x * -(2**-0.5))
+    return (g * (cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -62,11 +68,46 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         super().__init__(width, epsilon=1e-6, use_fast_variance=False, rngs=rngs)
 
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(self.epsilon, x, self.scale[...], self.bias[...])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def layer_norm(epsilon: float, x_ND: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+    """Every token of x [..., D] to mean 0 and variance 1, times scale plus bias.
+
+    The fences leave as many passes over x as there are sums that depend on each other. XLA's CPU backend takes three
+    times as many for the gradient that it would derive.
+    """
+    return _layer_norm_fwd(epsilon, x_ND, scale_D, bias_D)[0]
+
+
+def _layer_norm_fwd(epsilon, x_ND, scale_D, bias_D):
+    mean_N1 = fenced(x_ND.mean(-1, keepdims=True))
+    variance_N1 = ((x_ND - mean_N1) ** 2).mean(-1, keepdims=True)
+    inverse_N1 = fenced(jax.lax.rsqrt(variance_N1 + epsilon))
+    return (x_ND - mean_N1) * inverse_N1 * scale_D + bias_D, (x_ND, mean_N1, inverse_N1, scale_D)
+
+
+def _layer_norm_bwd(epsilon, residuals, g_ND):
+    x_ND, mean_N1, inverse_N1, scale_D = residuals
+    g_ND = fenced(g_ND)
+    normed_ND = (x_ND - mean_N1) * inverse_N1
+    scaled_ND = g_ND * scale_D
+    along_mean_N1 = fenced(scaled_ND.mean(-1, keepdims=True))
+    along_x_N1 = fenced((scaled_ND * normed_ND).mean(-1, keepdims=True))
+    tokens = tuple(range(x_ND.ndim - 1))
+    dx_ND = inverse_N1 * (scaled_ND - along_mean_N1 - normed_ND * along_x_N1)
+    return dx_ND, (g_ND * normed_ND).sum(tokens), g_ND.sum(tokens)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+
 
 class Attention(nnx.Module):
     """Multi-head self-attention with biased projections (ijepa spec 1.3), scores and softmax in float32.
 
-    `valid`: see `common.nn.attention.attention`.
+    `valid`: see `common.nn.attention.attention`. `last`: see `Block`.
     """
 
     def __init__(self, width: int, heads: int, policy: Policy, rngs: nnx.Rngs):
@@ -74,32 +115,34 @@ class Attention(nnx.Module):
             raise ValueError(f"width {width} does not divide into {heads} heads")
         self.heads = heads
         self.policy = policy
-        self.qkv = linear(width, 3 * width, policy, rngs)
-        self.out = linear(width, width, policy, rngs)
+        self.qkv = Linear(width, 3 * width, policy, rngs)
+        self.out = Linear(width, width, policy, rngs)
 
-    def __call__(self, x_BND: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_BND: jax.Array, valid: jax.Array | None = None, last: int = 0
+    ) -> jax.Array:
         B, N, D = x_BND.shape
-        H, K = self.heads, D // self.heads
-        # Cast before splitting: it halves what moves.
-        qkv_BNHK = self.policy.cast(self.qkv(x_BND)).reshape(B, N, 3 * H, K)
-        q_BNHK, k_BNHK, v_BNHK = jnp.split(qkv_BNHK, 3, axis=2)
-        mixed_BNHK = attention(self.policy.compute, q_BNHK, k_BNHK, v_BNHK, valid)
-        return self.out(mixed_BNHK.reshape(B, N, D))
+        qkv_BNGK = self.qkv(x_BND).reshape(B, N, 3 * self.heads, D // self.heads)
+        mixed_BNHK = attention(self.policy.compute, last, qkv_BNGK, valid)
+        return self.out(mixed_BNHK.reshape(B, -1, D))
 
 
 class MLP(nnx.Module):
     """Two linear layers with exact GELU."""
 
     def __init__(self, width: int, hidden: int, policy: Policy, rngs: nnx.Rngs):
-        self.up = linear(width, hidden, policy, rngs)
-        self.down = linear(hidden, width, policy, rngs)
+        self.up = Linear(width, hidden, policy, rngs)
+        self.down = Linear(hidden, width, policy, rngs)
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
         return self.down(gelu(self.up(x_BND)))
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm eps 1e-6."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm eps 1e-6.
+
+    `last`: how many tokens, from the end, leave the block; all others are only attended to. 0: all.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, policy: Policy, rngs: nnx.Rngs):
         self.norm1 = LayerNorm(width, rngs=rngs)
@@ -107,7 +150,10 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(width, rngs=rngs)
         self.mlp = MLP(width, hidden, policy, rngs)
 
-    def __call__(self, x_BND: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-        x_BND = computed_once(x_BND)
-        x_BND = computed_once(x_BND + self.attention(self.norm1(x_BND), valid))
+    def __call__(
+        self, x_BND: jax.Array, valid: jax.Array | None = None, last: int = 0
+    ) -> jax.Array:
+        x_BND = fenced_gradient(x_BND)
+        mixed_BND = self.attention(self.norm1(x_BND), valid, last)
+        x_BND = fenced_gradient(x_BND[:, -last:] + mixed_BND)
         return x_BND + self.mlp(self.norm2(x_BND))

@@ -70,14 +70,31 @@ class Policy:
         y = lax.map(f, x.reshape(size // at_once, at_once, *x.shape[1:]))
         return y.reshape(size, *y.shape[2:])
 
-    def cast(self, x: jax.Array) -> jax.Array:
-        """`x` as contractions take it. Cast before moving data about: it halves what moves."""
-        return x.astype(self.compute)
-
-    def dense(self, x: jax.Array, w_DF: jax.Array) -> jax.Array:
-        """x [..., D] times w [D, F], in float32 [..., F]."""
-        y_NF = _dense(self.compute, x.reshape(-1, x.shape[-1]), w_DF)
+    def dense(self, x: jax.Array, w_DF: jax.Array, b_F: jax.Array | None = None) -> jax.Array:
+        """x [..., D] times w [D, F], plus b [F] if given, in float32 [..., F]."""
+        y_NF = _dense(self.compute, x.reshape(-1, x.shape[-1]), w_DF, b_F)
         return y_NF.reshape(*x.shape[:-1], w_DF.shape[-1])
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` as type "bfloat16" or "float32", as contractions take it."""
+    if dtype != "bfloat16" or x.dtype != jnp.float32:
+        return x.astype(dtype)
+    return lax.platform_dependent(x, cpu=_bfloat16_cpu, default=lambda x: x.astype(jnp.bfloat16))
+
+
+@jax.custom_vjp
+def _bfloat16_cpu(x: jax.Array) -> jax.Array:
+    """float32 to the nearest bfloat16, ties to even, by bits: the same values as a cast (and NaN stays NaN).
+
+    A loop that ends in XLA's own cast takes vectors of 8 numbers at most, not 16, and twice the time.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + jnp.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+
+
+_bfloat16_cpu.defvjp(lambda x: (_bfloat16_cpu(x), None), lambda _, g: (g.astype(jnp.float32),))
 
 
 def _dot(compute: str, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:
@@ -93,26 +110,29 @@ def _dot(compute: str, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dense(compute: str, x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
-    return _dot(compute, x_ND, w_DF, (1, 0))
+def _dense(compute: str, x_ND: jax.Array, w_DF: jax.Array, b_F: jax.Array | None) -> jax.Array:
+    return _dense_fwd(compute, x_ND, w_DF, b_F)[0]
 
 
-def _dense_fwd(compute, x_ND, w_DF):
+def _dense_fwd(compute, x_ND, w_DF, b_F):
     # The operands are kept as they were used: half the memory of float32.
-    x, w = x_ND.astype(compute), w_DF.astype(compute)
-    return _dense(compute, x, w), (x, w, jnp.zeros((), x_ND.dtype), jnp.zeros((), w_DF.dtype))
+    x, w = rounded(x_ND, compute), rounded(w_DF, compute)
+    y_NF = _dot(compute, x, w, (1, 0))
+    like = jax.tree.map(lambda p: jnp.zeros((), p.dtype), (x_ND, w_DF, b_F))
+    return (y_NF if b_F is None else y_NF + b_F), (x, w, like)
 
 
 def _dense_bwd(compute, residuals, g_NF):
-    x, w, like_x, like_w = residuals
-    # The barrier keeps one copy of the cotangent as the two products take it, instead of a cast fused into each.
-    g = lax.optimization_barrier(g_NF.astype(compute))
+    x, w, (like_x, like_w, like_b) = residuals
+    # One copy of the cotangent as all three take it, instead of a cast fused into each.
+    g = lax.optimization_barrier(rounded(g_NF, compute))
     dx_ND = _dot(compute, g, w, (1, 1))
     if compute == "float32":
         dw_DF = _dot(compute, x, g, (0, 0))
     else:
         dw_DF = lax.platform_dependent(x, g, cpu=_weight_gradient_cpu, default=_weight_gradient)
-    return dx_ND.astype(like_x.dtype), dw_DF.astype(like_w.dtype)
+    db_F = None if like_b is None else g.sum(0, dtype=jnp.float32).astype(like_b.dtype)
+    return dx_ND.astype(like_x.dtype), dw_DF.astype(like_w.dtype), db_F
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
@@ -125,34 +145,50 @@ def _weight_gradient(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
 def _weight_gradient_cpu(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
     """x^T g as XLA's CPU backend multiplies fast: with a left operand that is summed over its last axis.
 
-    The layout makes the transpose a copy: left to itself, XLA folds it back into the slow product. It costs least on the
-    narrower operand.
+    The transpose must be a copy: left to itself, XLA folds it back into the slow product. It costs least on the narrower
+    operand.
     """
     if x_ND.shape[1] > g_NF.shape[1]:
         return lax.optimization_barrier(_weight_gradient_cpu(g_NF, x_ND)).T
-    x_DN = with_layout_constraint(x_ND.T, Layout(major_to_minor=(0, 1)))
-    return _dot("bfloat16", x_DN, g_NF, (1, 0))
+    return _dot("bfloat16", laid_out(x_ND.T), g_NF, (1, 0))
+
+
+def fenced(x: jax.Array) -> jax.Array:
+    """`x`, on CPU computed once and kept: XLA would fuse how it is computed into each of its uses.
+
+    Holds in a jit with `compiler_options()`.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def laid_out(x: jax.Array) -> jax.Array:
+    """`x`, on CPU in memory in the order of its axes, and `fenced`: XLA would fold a transpose into the product that
+    takes it, which then is slow."""
+
+    def copied(x: jax.Array) -> jax.Array:
+        return fenced(with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))))
+
+    return lax.platform_dependent(x, cpu=copied, default=lambda x: x)
 
 
 @jax.custom_vjp
-def computed_once(x: jax.Array) -> jax.Array:
-    """`x`, whose gradient is computed once where it is used many times: the residual stream's.
+def fenced_gradient(x: jax.Array) -> jax.Array:
+    """`x`, whose gradient is `fenced`. For the residual stream, where all blocks' gradients add up.
 
-    XLA's CPU backend would fuse the sum that is that gradient into each of its uses, and so, at every block, add up anew
-    what all later blocks contribute.
+    XLA's CPU backend would otherwise, at every block, add up anew what all later blocks contribute.
     """
     return x
 
 
-def _once(_, g: jax.Array) -> tuple[jax.Array]:
-    return (lax.platform_dependent(g, cpu=lax.optimization_barrier, default=lambda g: g),)
-
-
-computed_once.defvjp(lambda x: (x, None), _once)
+fenced_gradient.defvjp(lambda x: (x, None), lambda _, g: (fenced(g),))
 
 
 def compiler_options() -> dict[str, str] | None:
-    """For the jit of a training step: keeps optimization barriers on CPU, where XLA drops them before it fuses."""
+    """For the jit of a training step on CPU: optimization barriers hold, which XLA otherwise drops before it fuses, and
+    loops take the widest vectors that the processor has."""
     if jax.default_backend() != "cpu":
         return None
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    return {
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+        "xla_cpu_prefer_vector_width": "512",
+    }

@@ -73,3 +73,17 @@ for _ in range(5):
 print(faults() - before)
 """
     assert run(code)[0] < 5000  # of 5 x 12,207 pages
+
+
+def test_the_heap_keeps_more_than_two_gib():
+    """Address space only: nothing of it is touched."""
+    code = (
+        "from common.host import _glibc, keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "libc = _glibc()\n"
+        "block = libc.malloc(5 << 29)\n"
+        "end = libc.sbrk(0)\n"
+        "libc.free(block)\n"
+        "print(libc.sbrk(0) - end)"
+    )
+    assert run(code) == [0]

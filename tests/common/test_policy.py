@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.nn.layers import Block
+from common.nn.attention import attention
+from common.nn.layers import Block, gelu, layer_norm
 from common.nn.module import define, init_stack, scan_stack
-from common.nn.policy import Policy, compiler_options, computed_once
+from common.nn.policy import Policy, compiler_options, fenced_gradient, rounded
 
 WIDTH = 32
 
@@ -24,6 +25,80 @@ def test_weight_gradients_sum_over_rows(shape):
     x, w, g = (a.astype(np.float64) for a in (x, w, g))
     np.testing.assert_allclose(dx, g @ w.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dw, x.T @ g, rtol=1e-5, atol=1e-5)
+
+
+def test_rounding_by_bits_is_the_cast():
+    """Every number of 16 bits with every low half that decides: below, at and above a tie, and the ends."""
+    high = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
+    x = (high | np.uint32([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])).view(np.float32)
+    x = x[~np.isnan(x)]
+    got, want = jax.jit(lambda x: rounded(x, "bfloat16"))(x), x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint16), want.view(np.uint16))
+    # The NaNs that arithmetic makes.
+    assert np.isnan(
+        np.asarray(rounded(np.float32([np.nan, -np.nan, np.inf * 0]), "bfloat16"))
+    ).all()
+
+
+def test_rounding_passes_the_gradient_on():
+    slope = jax.grad(lambda x: (rounded(x, "bfloat16") * jnp.bfloat16(3)).astype(jnp.float32).sum())
+    assert slope(jnp.arange(3.0)).tolist() == [3.0, 3.0, 3.0]
+
+
+def test_a_bias_takes_the_sum_of_what_the_products_take():
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.normal(size=s).astype(np.float32) for s in ((3, 5, 8), (8, 4), (4,)))
+    g = rng.normal(size=(3, 5, 4)).astype(np.float32)
+    y, pullback = jax.vjp(Policy().dense, x, w, b)
+    operand = [a.astype(jnp.bfloat16).astype(np.float64) for a in (x, w, g)]
+    np.testing.assert_allclose(y, operand[0] @ operand[1] + b, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(pullback(g)[2], operand[2].sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+def autodiff(plain, ours, *args):
+    """Values and gradients of both along one random direction of the result."""
+    y, pullback = jax.vjp(ours, *args)
+    want, derived = jax.vjp(plain, *args)
+    g = np.random.default_rng(1).normal(size=y.shape).astype(np.float32)
+    for a, b in zip((y, *pullback(g)), (want, *derived(g)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_written_gradients_are_the_derived_ones():
+    """Against what jax derives from the plain formula."""
+    rng = np.random.default_rng(0)
+    x = 2 * rng.normal(size=(3, 5, 8)).astype(np.float32) + 1
+    scale, bias = rng.normal(size=(2, 8)).astype(np.float32)
+
+    def plain_norm(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt(centred.var(-1, keepdims=True) + 1e-6) * scale + bias
+
+    autodiff(plain_norm, lambda *args: layer_norm(1e-6, *args), x, scale, bias)
+    autodiff(lambda x: jax.nn.gelu(x, approximate=False), gelu, np.linspace(-6, 6, 101, dtype="f4"))
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, 5])
+@pytest.mark.parametrize("masked", [None, "keys", "causal"])
+def test_attention_of_the_last_tokens(last, masked):
+    rng = np.random.default_rng(0)
+    B, N, H, K = 2, 5, 3, 4
+    qkv = rng.normal(size=(B, N, 3 * H, K)).astype(np.float32)
+    valid = {
+        None: None,
+        "keys": rng.random((B, N)) < 0.7,
+        "causal": np.tril(np.ones((1, N, N), bool)),
+    }[masked]
+
+    def plain(qkv):
+        q, k, v = jnp.split(qkv, 3, axis=2)
+        scores = jnp.einsum("bnhk,bmhk->bhnm", q, k) / K**0.5
+        if valid is not None:
+            seen = valid[:, None, None] if valid.ndim == 2 else valid[:, None]
+            scores = jnp.where(seen, scores, -1e30)
+        return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores), v)[:, -last:]
+
+    autodiff(plain, lambda qkv: attention("float32", last, qkv, valid), qkv)
 
 
 def gradient(depth: int):
@@ -51,6 +126,6 @@ def test_the_residual_streams_gradient_is_summed_once():
     assert operands(6) == operands(3)
 
 
-def test_computed_once_is_the_identity():
+def test_a_fenced_gradient_is_the_gradient():
     x = jnp.arange(3.0)
-    assert jax.grad(lambda x: (computed_once(x) ** 2).sum())(x).tolist() == [0.0, 2.0, 4.0]
+    assert jax.grad(lambda x: (fenced_gradient(x) ** 2).sum())(x).tolist() == [0.0, 2.0, 4.0]
