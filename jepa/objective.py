@@ -79,17 +79,25 @@ def ijepa_loss(
     z_BCD = encoder(params["encoder"], images, batch["context"], context_valid)
 
     # 3. Prediction of every block, and the mean distance over valid tokens and features.
-    predicted_BMTD = predictor(
-        params["predictor"],
-        z_BCD,
+    def error_sum(params, z_BCD, given):
+        target_BMTD, valid_BMT, *inputs = given
+        error_BMT = distance(predictor(params, z_BCD, *inputs) - target_BMTD, spec.distance).mean(
+            -1
+        )
+        return error_BMT.sum(where=valid_BMT)
+
+    given = (
+        target_BMTD,
+        target_valid,
         batch["context"],
         batch["targets"],
         context_valid,
         target_valid,
-        key=key,
+        predictor.noise(key, batch["targets"]),
     )
-    error_BMT = distance(predicted_BMTD - target_BMTD, spec.distance).mean(-1)
-    loss = weighted_mean(error_BMT, target_valid)
+    largest = 4 * M * (z_BCD.shape[1] + T) * predictor.hidden
+    error = predictor.policy.sum_in_groups(error_sum, params["predictor"], z_BCD, given, largest)
+    loss = error / (B * M * T if target_valid is None else jnp.maximum(target_valid.sum(), 1))
 
     metrics = {"loss_prediction": mean(loss)}
     if spec.vicreg:

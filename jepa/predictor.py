@@ -30,10 +30,15 @@ class Predictor:
     policy: Policy = Policy()
     position_noise: float = 0.0
 
+    @property
+    def hidden(self) -> int:
+        """The width of the MLPs' hidden layer."""
+        return 4 * self.config.predictor_width
+
     @cached_property
     def _parts(self) -> dict[str, Module]:
         c, policy = self.config, self.policy
-        heads, hidden = c.predictor_heads or c.heads, 4 * c.predictor_width
+        heads, hidden = c.predictor_heads or c.heads, self.hidden
         return {
             "embed": define(lambda rngs: Linear(c.width, c.predictor_width, policy, rngs)),
             "block": define(lambda rngs: Block(c.predictor_width, heads, hidden, policy, rngs)),
@@ -61,8 +66,7 @@ class Predictor:
         targets_BMT: jax.Array,
         context_valid_BC: jax.Array | None = None,
         target_valid_BMT: jax.Array | None = None,
-        *,
-        key: jax.Array | None = None,
+        noise_BMTD: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts the targets' features from encoded context.
 
@@ -70,7 +74,7 @@ class Predictor:
           z_BCD: the encoder's context tokens; context_BC their grid indices.
           targets_BMT: grid indices of the M target blocks.
           context_valid_BC, target_valid_BMT: False marks padding, which nothing attends to. None: no padding.
-          key: draws StoP's noise; None turns it off.
+          noise_BMTD: StoP's noise (see `noise`); None turns it off.
 
         Returns:
           Predictions [B, M, T, D]. Those at padding are meaningless.
@@ -79,9 +83,8 @@ class Predictor:
         position_NP = jnp.asarray(sincos_2d(*self.config.grid, P))
         context_BCP = self._parts["embed"](params["embed"], z_BCD) + position_NP[context_BC]
         masks_BMTP = params["mask_token"] + position_NP[targets_BMT]
-        if self.position_noise and key is not None:
-            noise = self.position_noise * jax.random.normal(key, (B, M, T, self.config.width))
-            masks_BMTP += self.policy.dense(noise, params["embed"]["kernel"])
+        if noise_BMTD is not None:
+            masks_BMTP += self.policy.dense(noise_BMTD, params["embed"]["kernel"])
 
         context_BMCP = jnp.broadcast_to(context_BCP[:, None], (B, M, C, P))
         x = jnp.concatenate([context_BMCP, masks_BMTP], axis=2).reshape(B * M, C + T, P)
@@ -89,6 +92,12 @@ class Predictor:
         x = run_blocks(self._parts["block"], params["blocks"], x, valid, self.policy, last=T)
         x = self._parts["norm"](params["norm"], x)
         return self._parts["proj"](params["proj"], x).reshape(B, M, T, -1)
+
+    def noise(self, key: jax.Array | None, targets_BMT: jax.Array) -> jax.Array | None:
+        """StoP's noise for a batch, [B, M, T, D]; None without a sigma or key."""
+        if not self.position_noise or key is None:
+            return None
+        return self.position_noise * jax.random.normal(key, (*targets_BMT.shape, self.config.width))
 
 
 def _joint_validity(context_valid_BC, target_valid_BMT, B, M, C, T) -> jax.Array | None:

@@ -8,6 +8,7 @@ mode would multiply a float32 cotangent with a bfloat16 operand, which runs at t
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,25 +56,73 @@ class Policy:
         return lax.with_sharding_constraint(x, spec)
 
     def in_groups(self, f: Callable, x: jax.Array, bytes_each: int) -> jax.Array:
-        """`f(x)` for an `f` that takes examples along the leading axis one by one.
+        """`f(x)` for an `f` that takes examples along the leading axis one by one, without a gradient.
 
-        A CPU takes as many at once as its caches hold, where `bytes_each` is the largest activation of one. Meant for passes
-        without a gradient: for one, everything would be kept and leave the caches all the same.
+        A CPU takes as many at once as its caches hold, where `bytes_each` is the largest activation of one.
         """
-        if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        at_once = _fitting(len(x), bytes_each)
+        if at_once == len(x):
             return f(x)
-        size = len(x)
-        fitting = [n for n in range(1, size + 1) if size % n == 0 and n * bytes_each <= CACHE_BYTES]
-        at_once = max(fitting, default=size)
+        y = lax.map(f, x.reshape(-1, at_once, *x.shape[1:]))
+        return y.reshape(-1, *y.shape[2:])
+
+    def sum_in_groups(
+        self, f: Callable, params: Any, x: Any, given: Any, bytes_each: int
+    ) -> jax.Array:
+        """`f(params, x, given)`, a scalar that sums over the examples along the leading axis of all of `x` and `given`.
+
+        A CPU takes as many at once as its caches hold (see `in_groups`) and, where a gradient is asked for, computes that
+        of a group with its value, while the activations are still there. Gradients are of `params` and `x`.
+        """
+        size = len(jax.tree.leaves(x)[0])
+        at_once = _fitting(size, bytes_each)
         if at_once == size:
-            return f(x)
-        y = lax.map(f, x.reshape(size // at_once, at_once, *x.shape[1:]))
-        return y.reshape(size, *y.shape[2:])
+            return f(params, x, jax.lax.stop_gradient(given))
+        return _sum_in_groups(f, at_once, params, x, given)
 
     def dense(self, x: jax.Array, w_DF: jax.Array, b_F: jax.Array | None = None) -> jax.Array:
         """x [..., D] times w [D, F], plus b [F] if given, in float32 [..., F]."""
         y_NF = _dense(self.compute, x.reshape(-1, x.shape[-1]), w_DF, b_F)
         return y_NF.reshape(*x.shape[:-1], w_DF.shape[-1])
+
+
+def _fitting(size: int, bytes_each: int) -> int:
+    """How many of `size` examples to take at once: all, or on a lone CPU device a divisor whose activations fit."""
+    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return size
+    most = CACHE_BYTES // bytes_each
+    divisors = [n for n in range(1, size + 1) if size % n == 0 and n <= most]
+    # A batch that does not divide well would go through almost example by example.
+    return max((n for n in divisors if 4 * n >= most), default=size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_in_groups(f: Callable, at_once: int, params: Any, x: Any, given: Any) -> jax.Array:
+    def add(total, group):
+        return total + f(params, *group), None
+
+    return lax.scan(add, jnp.zeros(()), _groups(at_once, (x, given)))[0]
+
+
+def _sum_in_groups_fwd(f, at_once, params, x, given):
+    def add(total, group):
+        value, (d_params, d_x) = jax.value_and_grad(f, (0, 1))(params, *group)
+        return jax.tree.map(jnp.add, total, (value, d_params)), d_x
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    (value, d_params), d_x = lax.scan(add, zero, _groups(at_once, (x, given)))
+    return value, (d_params, jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), d_x))
+
+
+def _sum_in_groups_bwd(f, at_once, gradients, g):
+    return *jax.tree.map(lambda d: g * d, gradients), None
+
+
+_sum_in_groups.defvjp(_sum_in_groups_fwd, _sum_in_groups_bwd)
+
+
+def _groups(at_once: int, examples: Any) -> Any:
+    return jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), examples)
 
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:

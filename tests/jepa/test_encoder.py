@@ -180,15 +180,18 @@ def test_huge_counts_exactly_with_its_table_of_positions():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) + table == 630_762_240
 
 
-@pytest.mark.parametrize("held, at_once", [(2, 2), (4, 3), (6, 6), (0, 6)])
-def test_constants_are_the_same_in_groups(monkeypatch, held, at_once):
+@pytest.mark.parametrize(
+    "size, held, at_once", [(6, 2, 2), (6, 4, 3), (6, 6, 6), (6, 0, 6), (5, 4, 1), (5, 5, 5)]
+)
+def test_constants_are_the_same_in_groups(monkeypatch, size, held, at_once):
     """Few images at a time, as many as caches hold and divide the batch; all, where not even one fits."""
-    images = np.concatenate([IMAGES, IMAGES[::-1]])
+    images = np.concatenate([IMAGES, IMAGES[::-1]])[:size]
     each = 4 * CONFIG.tokens * CONFIG.hidden
     monkeypatch.setattr("common.nn.policy.CACHE_BYTES", held * each)
     jaxpr = jax.make_jaxpr(ENCODER.constant)(PARAMS, images)
     loops = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
-    outermost = CONFIG.depth if at_once == 6 else 6 // at_once  # over blocks, or over groups
+    # Over blocks, or over groups.
+    outermost = CONFIG.depth if at_once == size else size // at_once
     assert [e.params["length"] for e in loops] == [outermost]
     got = ENCODER.constant(PARAMS, images)
     assert relative_error(got, encode(PARAMS, images)) < 1e-6

@@ -171,6 +171,29 @@ def test_c_jepa_adds_its_terms_on_pooled_embeddings():
     assert logged["loss_prediction"] == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("spec", [IJEPA, ObjectiveSpec(position_noise=0.25, vicreg=0.1)])
+def test_the_same_in_groups(monkeypatch, spec):
+    """On CPU the predictor may take few images at a time, forward and backward: value and gradients stay."""
+
+    def value_and_gradient():
+        got = jax.value_and_grad(loss_of(spec), argnums=(0, 1), has_aux=True)
+        return got(PARAMS, TARGET, BATCH, jax.random.key(0))
+
+    def loops():
+        value = jax.make_jaxpr(lambda p: loss_of(spec)(p, TARGET, BATCH)[0])(PARAMS)
+        return [e for e in value.eqns if "sum_in_groups" in str(e.params)]
+
+    want = value_and_gradient()
+    assert not loops()
+    monkeypatch.setattr("common.nn.policy.CACHE_BYTES", 1 << 14)  # one image of this size
+    assert loops()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        value_and_gradient(),
+        want,
+    )
+
+
 def test_stop_draws_its_noise_from_the_key():
     noisy = jax.jit(loss_of(ObjectiveSpec(position_noise=0.25)))
     keys = jax.random.key(0), jax.random.key(1)

@@ -78,8 +78,8 @@ def test_stop_noise_enters_at_target_positions_only():
     (Bar et al., ICML 2024). The reference adds this very draw at the mask tokens and nowhere else."""
     sigma, key = 0.25, jax.random.key(3)
     noisy = Predictor(CONFIG, FLOAT32, position_noise=sigma)
-    got = np.asarray(jax.jit(noisy.__call__)(PARAMS, Z_BCD, *MASKS, key=key))
-    noise = sigma * np.asarray(jax.random.normal(key, (*MASKS[1].shape, CONFIG.width)))
+    noise = np.asarray(noisy.noise(key, MASKS[1]))
+    got = np.asarray(jax.jit(noisy.__call__)(PARAMS, Z_BCD, *MASKS, noise))
     for b, (context, blocks) in enumerate(zip(CONTEXTS, TARGETS)):
         for m, block in enumerate(blocks):
             n, z = noise[b, m, : len(block)], Z_BCD[b, : len(context)]
@@ -87,11 +87,7 @@ def test_stop_noise_enters_at_target_positions_only():
             assert relative_error(got[b, m, : len(block)], want) < 1e-5
 
 
-def test_stop_is_off_without_noise_or_key():
-    want = predict(PARAMS, Z_BCD, *MASKS)
+def test_stop_is_off_without_sigma_or_key():
     noisy = Predictor(CONFIG, FLOAT32, position_noise=0.25)
-    for got in (
-        jax.jit(noisy.__call__)(PARAMS, Z_BCD, *MASKS),
-        predict(PARAMS, Z_BCD, *MASKS, key=jax.random.key(0)),
-    ):
-        np.testing.assert_array_equal(got, want)
+    assert noisy.noise(None, MASKS[1]) is None
+    assert Predictor(CONFIG, FLOAT32).noise(jax.random.key(0), MASKS[1]) is None
