@@ -20,7 +20,7 @@ from common.distributed import PreemptionGuard
 from common.host import set_fragments_aside
 from common.mesh import auto_mesh
 from common.metrics import compute
-from common.nn.policy import compiler_options
+from common.nn.cpu import compiler_options
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
 from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, replicated

@@ -9,6 +9,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
+from common.nn.cpu import in_groups
 from common.nn.embed import PatchEmbed, gather_tokens, sincos_2d
 from common.nn.layers import Block, LayerNorm
 from common.nn.module import Module, Params, define, init_stack, scan_stack
@@ -73,7 +74,7 @@ class Encoder:
     def constant(self, params: Params, x_BHWC: jax.Array) -> jax.Array:
         """All tokens [B, N, D] as constants: no gradient flows through them. Takes few images at a time on CPU."""
         largest = 4 * self.config.tokens * self.config.hidden
-        tokens_BND = self.policy.in_groups(lambda x: self(params, x), x_BHWC, largest)
+        tokens_BND = in_groups(lambda x: self(params, x), x_BHWC, largest)
         return jax.lax.stop_gradient(tokens_BND)
 
     def layers(self, params: Params, x_BHWC: jax.Array, last: int = 4) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from common.augment import normalize
 from common.metrics import Metrics, mean
+from common.nn.cpu import sum_in_groups
 from common.nn.embed import gather_tokens
 from common.nn.module import Params
 from jepa.encoder import Encoder
@@ -96,7 +97,7 @@ def ijepa_loss(
         predictor.noise(key, batch["targets"]),
     )
     largest = 4 * M * (z_BCD.shape[1] + T) * predictor.hidden
-    error = predictor.policy.sum_in_groups(error_sum, params["predictor"], z_BCD, given, largest)
+    error = sum_in_groups(error_sum, params["predictor"], z_BCD, given, largest)
     loss = error / (B * M * T if target_valid is None else jnp.maximum(target_valid.sum(), 1))
 
     metrics = {"loss_prediction": mean(loss)}

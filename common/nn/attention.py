@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from common.nn.policy import fenced, laid_out, rounded
+from common.nn.cpu import fenced, laid_out, rounded
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.attention import attention
-from common.nn.policy import Policy, fenced, fenced_gradient
+from common.nn.cpu import fenced, fenced_gradient
+from common.nn.policy import Policy
 
 # Logical names of every parameter's axes, by the end of its path. Rules (common/sharding.py) map names to mesh axes.
 LOGICAL_AXES = {

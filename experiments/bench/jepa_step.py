@@ -38,7 +38,8 @@ def ours(steps: int, unroll: int) -> dict[str, Any]:
     import numpy as np
 
     from common.flops import measure_matmul_peak, traced_flops
-    from common.nn.policy import Policy, compiler_options
+    from common.nn.cpu import compiler_options
+    from common.nn.policy import Policy
     from common.state import init_state
     from common.train_step import make_train_step
     from jepa.config import vit

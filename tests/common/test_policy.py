@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from common.nn.attention import attention
+from common.nn.cpu import compiler_options, fenced_gradient, rounded
 from common.nn.layers import Block, gelu, layer_norm
 from common.nn.module import define, init_stack, scan_stack
-from common.nn.policy import Policy, compiler_options, fenced_gradient, rounded
+from common.nn.policy import Policy
 
 WIDTH = 32
 

@@ -187,7 +187,7 @@ def test_constants_are_the_same_in_groups(monkeypatch, size, held, at_once):
     """Few images at a time, as many as caches hold and divide the batch; all, where not even one fits."""
     images = np.concatenate([IMAGES, IMAGES[::-1]])[:size]
     each = 4 * CONFIG.tokens * CONFIG.hidden
-    monkeypatch.setattr("common.nn.policy.CACHE_BYTES", held * each)
+    monkeypatch.setattr("common.nn.cpu.CACHE_BYTES", held * each)
     jaxpr = jax.make_jaxpr(ENCODER.constant)(PARAMS, images)
     loops = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
     # Over blocks, or over groups.

@@ -10,7 +10,8 @@ import pytest
 from common.checkpoint import Checkpointer
 from common.mesh import MeshSpec, make_mesh
 from common.metrics import compute
-from common.nn.policy import Policy, compiler_options
+from common.nn.cpu import compiler_options
+from common.nn.policy import Policy
 from common.optim import OptimSpec
 from common.sharding import BATCH_AXES, batch_sharding, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings

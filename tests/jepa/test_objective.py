@@ -185,7 +185,7 @@ def test_the_same_in_groups(monkeypatch, spec):
 
     want = value_and_gradient()
     assert not loops()
-    monkeypatch.setattr("common.nn.policy.CACHE_BYTES", 1 << 14)  # one image of this size
+    monkeypatch.setattr("common.nn.cpu.CACHE_BYTES", 1 << 14)  # one image of this size
     assert loops()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),

@@ -1,0 +1,142 @@
+"""What XLA's CPU backend needs to be fast. On accelerators all of this says what the plain code says.
+
+How much each brings, and what was tried instead: experiments/LOG.md.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+
+# Of a layer's activations, what a CPU had better not exceed: they then stay in its caches.
+CACHE_BYTES = 8 << 20
+
+
+def fenced(x: jax.Array) -> jax.Array:
+    """`x`, on CPU computed once and kept: XLA would fuse how it is computed into each of its uses.
+
+    Holds in a jit with `compiler_options()`.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def laid_out(x: jax.Array) -> jax.Array:
+    """`x`, on CPU in memory in the order of its axes, and `fenced`: XLA would fold a transpose into the product that
+    takes it, which then is slow."""
+
+    def copied(x: jax.Array) -> jax.Array:
+        return fenced(with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim)))))
+
+    return lax.platform_dependent(x, cpu=copied, default=lambda x: x)
+
+
+@jax.custom_vjp
+def fenced_gradient(x: jax.Array) -> jax.Array:
+    """`x`, whose gradient is `fenced`. For the residual stream, where all blocks' gradients add up.
+
+    XLA's CPU backend would otherwise, at every block, add up anew what all later blocks contribute.
+    """
+    return x
+
+
+fenced_gradient.defvjp(lambda x: (x, None), lambda _, g: (fenced(g),))
+
+
+def compiler_options() -> dict[str, str] | None:
+    """For the jit of a training step on CPU: optimization barriers hold, which XLA otherwise drops before it fuses, and
+    loops take the widest vectors that the processor has."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+        "xla_cpu_prefer_vector_width": "512",
+    }
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+    """`x` as type "bfloat16" or "float32", as contractions take it."""
+    if dtype != "bfloat16" or x.dtype != jnp.float32:
+        return x.astype(dtype)
+    return lax.platform_dependent(x, cpu=_bfloat16_cpu, default=lambda x: x.astype(jnp.bfloat16))
+
+
+@jax.custom_vjp
+def _bfloat16_cpu(x: jax.Array) -> jax.Array:
+    """float32 to the nearest bfloat16, ties to even, by bits: the same values as a cast (and NaN stays NaN).
+
+    A loop that ends in XLA's own cast takes vectors of 8 numbers at most, not 16, and twice the time.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits = (bits + jnp.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
+
+
+_bfloat16_cpu.defvjp(lambda x: (_bfloat16_cpu(x), None), lambda _, g: (g.astype(jnp.float32),))
+
+
+def in_groups(f: Callable, x: jax.Array, bytes_each: int) -> jax.Array:
+    """`f(x)` for an `f` that takes examples along the leading axis one by one, without a gradient.
+
+    A CPU takes as many at once as its caches hold, where `bytes_each` is the largest activation of one.
+    """
+    at_once = _fitting(len(x), bytes_each)
+    if at_once == len(x):
+        return f(x)
+    y = lax.map(f, x.reshape(-1, at_once, *x.shape[1:]))
+    return y.reshape(-1, *y.shape[2:])
+
+
+def sum_in_groups(f: Callable, params: Any, x: Any, given: Any, bytes_each: int) -> jax.Array:
+    """`f(params, x, given)`, a scalar that sums over the examples along the leading axis of all of `x` and `given`.
+
+    A CPU takes as many at once as its caches hold (see `in_groups`) and, where a gradient is asked for, computes that
+    of a group with its value, while the activations are still there. Gradients are of `params` and `x`.
+    """
+    size = len(jax.tree.leaves(x)[0])
+    at_once = _fitting(size, bytes_each)
+    if at_once == size:
+        return f(params, x, jax.lax.stop_gradient(given))
+    return _sum_in_groups(f, at_once, params, x, given)
+
+
+def _fitting(size: int, bytes_each: int) -> int:
+    """How many of `size` examples to take at once: all, or on a lone CPU device a divisor whose activations fit."""
+    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return size
+    most = CACHE_BYTES // bytes_each
+    divisors = [n for n in range(1, size + 1) if size % n == 0 and n <= most]
+    # A batch that does not divide well would go through almost example by example.
+    return max((n for n in divisors if 4 * n >= most), default=size)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_in_groups(f: Callable, at_once: int, params: Any, x: Any, given: Any) -> jax.Array:
+    def add(total, group):
+        return total + f(params, *group), None
+
+    return lax.scan(add, jnp.zeros(()), _groups(at_once, (x, given)))[0]
+
+
+def _sum_in_groups_fwd(f, at_once, params, x, given):
+    def add(total, group):
+        value, (d_params, d_x) = jax.value_and_grad(f, (0, 1))(params, *group)
+        return jax.tree.map(jnp.add, total, (value, d_params)), d_x
+
+    zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    (value, d_params), d_x = lax.scan(add, zero, _groups(at_once, (x, given)))
+    return value, (d_params, jax.tree.map(lambda d: d.reshape(-1, *d.shape[2:]), d_x))
+
+
+def _sum_in_groups_bwd(f, at_once, gradients, g):
+    return *jax.tree.map(lambda d: g * d, gradients), None
+
+
+_sum_in_groups.defvjp(_sum_in_groups_fwd, _sum_in_groups_bwd)
+
+
+def _groups(at_once: int, examples: Any) -> Any:
+    return jax.tree.map(lambda a: a.reshape(-1, at_once, *a.shape[1:]), examples)
