@@ -109,18 +109,25 @@ def run_blocks(
 
     `last`: how many tokens, from the end, are wanted; the final block computes only these. 0: all.
     """
-    x_BND = policy.constrain(x_BND)
     depth = jax.tree.leaves(stacked)[0].shape[0]
-    cut = depth - 1 if last else depth
-    for part, wanted in ((slice(cut), 0), (slice(cut, depth), last)):
-        x_BND = scan_stack(
-            lambda p, x, wanted=wanted: policy.constrain(block(p, x, valid_BN, wanted)),
-            jax.tree.map(lambda p, part=part: p[part], stacked),
+
+    def run(stacked: Params, x_BND: jax.Array, last: int) -> jax.Array:
+        return scan_stack(
+            lambda p, x: policy.constrain(block(p, x, valid_BN, last)),
+            stacked,
             x_BND,
             unroll=policy.blocks_per_turn(depth),
             remat=policy.remat,
         )
-    return x_BND
+
+    x_BND = policy.constrain(x_BND)
+    if not last:
+        return run(stacked, x_BND, 0)
+    before, final = (
+        jax.tree.map(lambda p, part=part: p[part], stacked)
+        for part in (slice(depth - 1), slice(depth - 1, depth))
+    )
+    return run(final, run(before, x_BND, 0), last)
 
 
 def rescale_by_depth(blocks: Params) -> Params:

@@ -82,10 +82,8 @@ def ijepa_loss(
     # 3. Prediction of every block, and the mean distance over valid tokens and features.
     def error_sum(params, z_BCD, given):
         target_BMTD, valid_BMT, *inputs = given
-        error_BMT = distance(predictor(params, z_BCD, *inputs) - target_BMTD, spec.distance).mean(
-            -1
-        )
-        return error_BMT.sum(where=valid_BMT)
+        error_BMTD = distance(predictor(params, z_BCD, *inputs) - target_BMTD, spec.distance)
+        return error_BMTD.mean(-1).sum(where=valid_BMT)
 
     given = (
         target_BMTD,
