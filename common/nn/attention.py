@@ -62,7 +62,7 @@ attention.defvjp(_forward, _backward)
 
 
 def _swap(x_BNHK: jax.Array) -> jax.Array:
-    """Heads in front of tokens, or back."""
+    """Heads in front of tokens."""
     return laid_out(x_BNHK.swapaxes(1, 2))
 
 

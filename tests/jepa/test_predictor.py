@@ -78,7 +78,8 @@ def test_stop_noise_enters_at_target_positions_only():
     (Bar et al., ICML 2024). The reference adds this very draw at the mask tokens and nowhere else."""
     sigma, key = 0.25, jax.random.key(3)
     noisy = Predictor(CONFIG, FLOAT32, position_noise=sigma)
-    noise = np.asarray(noisy.noise(key, MASKS[1]))
+    noise = sigma * np.asarray(jax.random.normal(key, (*MASKS[1].shape, CONFIG.width)))
+    np.testing.assert_array_equal(noisy.noise(key, MASKS[1]), noise)
     got = np.asarray(jax.jit(noisy.__call__)(PARAMS, Z_BCD, *MASKS, noise))
     for b, (context, blocks) in enumerate(zip(CONTEXTS, TARGETS)):
         for m, block in enumerate(blocks):
