@@ -34,6 +34,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from common.distributed import barrier
+
 FORMAT_VERSION = 1
 T = TypeVar("T")
 
@@ -180,7 +182,7 @@ class Checkpointer:
             target = self._directory / f"{step}.abandoned-{time.strftime('%Y%m%d-%H%M%S')}"
             (self._directory / str(step)).rename(target)
             log.warning(f"checkpoint {step} is set aside as {target}")
-        multihost_utils.sync_global_devices("checkpoint set aside")
+        barrier("checkpoint set aside")
         self._abandoned = []
         self._orbax.reload()
 

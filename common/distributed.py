@@ -5,17 +5,20 @@ turns a scheduler's SIGTERM into one step at which all processes save and exit `
 """
 
 import ctypes
+import itertools
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h. Launchers read it as: saved in time, start me again."""
@@ -109,10 +112,23 @@ def _slurm_tasks_on_node(env: Mapping[str, str]) -> int:
     return counts[int(env.get("SLURM_NODEID", 0))]
 
 
-def barrier(name: str) -> None:
-    """Returns once every process has called it with this name."""
+def barrier(name: str, seconds: float = 600.0) -> None:
+    """Returns once every process has called it with this name; a name may be used again.
+
+    Through jax's coordination service, which touches no device. (`sync_global_devices` is a collective: on CPU, gloo
+    connects a pair of processes once per local device, and now and then never finishes.)
+
+    Raises:
+      jax.errors.JaxRuntimeError: some process, which it names, has not come within `seconds`.
+    """
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        key = f"{name} {next(_barriers[name])}"
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=round(1000 * seconds))
+
+
+_barriers: defaultdict[str, Iterator[int]] = defaultdict(
+    itertools.count
+)  # a key of jax's service serves once
 
 
 class PreemptionGuard:

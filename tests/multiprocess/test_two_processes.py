@@ -44,12 +44,21 @@ distributed.barrier("done")
 report(devices=jax.device_count(), psum=float(jax.jit(psum)(x)), mean=compute(metrics)["x"])
 """
 
+ALONE = """
+try:
+    if jax.process_index() == 0:
+        distributed.barrier("save", seconds=1)
+except jax.errors.JaxRuntimeError as error:
+    report(error=str(error))
+"""
+
 STOP = """
 with distributed.PreemptionGuard() as guard:
     print("ready", flush=True)
     for step in range(10_000):
         if guard.reached(step):
-            distributed.barrier("save")
+            for _ in range(2):  # a name serves again
+                distributed.barrier("save")
             report(reached=step)
             sys.exit(distributed.EXIT_PREEMPTED)
         time.sleep(0.01)
@@ -65,7 +74,16 @@ def start(program, folder):
     env.pop("XLA_FLAGS", None)
     return [
         subprocess.Popen(
-            [sys.executable, "-c", JOIN + REPORT + program, address, str(i), folder / f"{i}.json"],
+            [
+                sys.executable,
+                "-X",
+                "faulthandler",
+                "-c",
+                JOIN + REPORT + program,
+                address,
+                str(i),
+                folder / f"{i}.json",
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -76,13 +94,16 @@ def start(program, folder):
 
 
 def finish(processes):
-    """Their outputs, once all have ended; none outlives the test."""
+    """Their outputs, once all have ended; none outlives the test, and those that hang tell where."""
     try:
-        outputs = [p.communicate(timeout=60) for p in processes]
+        return [p.communicate(timeout=60) for p in processes]
+    except subprocess.TimeoutExpired:
+        for p in processes:
+            p.send_signal(signal.SIGABRT)
+        pytest.fail("\n".join(p.communicate(timeout=60)[1] for p in processes))
     finally:
         for p in processes:
             p.kill()
-    return outputs
 
 
 def reported(folder, i):
@@ -96,6 +117,11 @@ def test_a_sum_and_a_mean_over_a_global_array(tmp_path):
         assert process.returncode == 0, err
         assert f"process {i} of 2: 2 of 4 devices (cpu)" in out
         assert reported(tmp_path, i) == {"devices": 4, "psum": 28.0, "mean": 3.0}
+
+
+def test_a_barrier_names_the_process_that_does_not_come(tmp_path):
+    finish(start(ALONE, tmp_path))
+    assert "timed out task names:\n1\n" in reported(tmp_path, 0)["error"]
 
 
 @pytest.mark.parametrize("which, signum", [(0, signal.SIGTERM), (1, signal.SIGUSR1)])
