@@ -16,7 +16,7 @@ from common.nn.cpu import fenced, laid_out, rounded
 def attention(
     compute: str, last: int, qkv_BMGK: jax.Array, valid: jax.Array | None = None
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, [B, N, H, K] in float32, as are scores and softmax.
+    """softmax(q k^T / sqrt(K)) v, [B, N, H, K], in float32, as are scores and softmax; rounded as the next product takes it.
 
     Args:
       compute: operand type of the products, "bfloat16" or "float32".
@@ -39,7 +39,8 @@ def _forward(compute, last, qkv_BMGK, valid):
         scores_BHNM = jnp.where(by_query[:, None], scores_BHNM, -1e30)
     weights_BHNM = jax.nn.softmax(scores_BHNM, axis=-1).astype(compute)
     out_BHNK = fenced(_einsum("BHNM,BHMK->BHNK", weights_BHNM, v_BHMK))
-    return out_BHNK.swapaxes(1, 2), (q_BHNK, k_BHMK, v_BHMK, weights_BHNM)
+    out_BNHK = _swap(fenced(rounded(out_BHNK, compute)))  # in one pass, the two take twice as long
+    return out_BNHK.astype(jnp.float32), (q_BHNK, k_BHMK, v_BHMK, weights_BHNM)
 
 
 def _backward(compute, last, residuals, g_BNHK):

@@ -34,6 +34,15 @@ def laid_out(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cpu=copied, default=lambda x: x)
 
 
+def transposed(x_ND: jax.Array) -> jax.Array:
+    """x^T, on CPU a copy, `laid_out`: transposed block by block, which takes half as long as all at once."""
+    N, D = x_ND.shape
+    if N % 64:
+        return laid_out(x_ND.T)
+    blocks = fenced(x_ND.reshape(N // 64, 64, D).swapaxes(1, 2))
+    return laid_out(blocks.swapaxes(0, 1)).reshape(D, N)
+
+
 @jax.custom_vjp
 def fenced_gradient(x: jax.Array) -> jax.Array:
     """`x`, whose gradient is `fenced`. For the residual stream, where all blocks' gradients add up.

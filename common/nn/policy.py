@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from common.nn.cpu import laid_out, rounded
+from common.nn.cpu import rounded, transposed
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,4 @@ def _weight_gradient_cpu(x_ND: jax.Array, g_NF: jax.Array) -> jax.Array:
     """
     if x_ND.shape[1] > g_NF.shape[1]:
         return lax.optimization_barrier(_weight_gradient_cpu(g_NF, x_ND)).T
-    return _dot("bfloat16", laid_out(x_ND.T), g_NF, (1, 0))
+    return _dot("bfloat16", transposed(x_ND), g_NF, (1, 0))
