@@ -16,7 +16,7 @@ from common.nn.policy import Policy
 WIDTH = 32
 
 
-@pytest.mark.parametrize("shape", [(64, 8, 24), (64, 24, 8), (5, 16, 16)])
+@pytest.mark.parametrize("shape", [(192, 8, 24), (192, 24, 8), (64, 8, 8), (5, 16, 16)])
 def test_weight_gradients_sum_over_rows(shape):
     n, d, f = shape
     rng = np.random.default_rng(0)
@@ -77,6 +77,13 @@ def test_written_gradients_are_the_derived_ones():
 
     autodiff(plain_norm, lambda *args: layer_norm(1e-6, *args), x, scale, bias)
     autodiff(lambda x: jax.nn.gelu(x, approximate=False), gelu, np.linspace(-6, 6, 101, dtype="f4"))
+
+
+def test_a_token_of_one_value_is_normalised_to_the_bias():
+    """Also where the two sums' rounding says that its variance is negative."""
+    x = np.geomspace(1e-3, 1e3, 500, dtype=np.float32)[:, None] * np.ones((1, 192), np.float32)
+    y = jax.jit(lambda x: layer_norm(1e-6, x, jnp.ones(192), jnp.ones(192)))(x)
+    np.testing.assert_allclose(y, 1, atol=0.2)
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, 5])
