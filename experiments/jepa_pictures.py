@@ -97,9 +97,18 @@ def _bars(ax: Axes, accuracy: Accuracy, majority: Mapping[str, float]) -> None:
         x = np.arange(len(labels)) + (k - 1) * width
         means = [100 * values[name][0] for name in labels]
         spreads = [100 * values[name][1] for name in labels]
-        bars = ax.bar(x, means, width * 0.94, color=COLORS[kind], label=TITLES[kind])
-        if np.isfinite(spreads).all():
-            ax.errorbar(x, means, spreads, fmt="none", ecolor="#333333", capsize=2, lw=1)
+        # The bars' own error bars: `bar_label` writes above them.
+        whiskers = dict(yerr=spreads) if np.isfinite(spreads).all() else {}
+        style = dict(ecolor="#333333", capsize=2, lw=1)
+        bars = ax.bar(
+            x,
+            means,
+            width * 0.94,
+            color=COLORS[kind],
+            label=TITLES[kind],
+            error_kw=style,
+            **whiskers,
+        )
         ax.bar_label(bars, [f"{m:.0f}" for m in means], fontsize=8, padding=3)
     for i, name in enumerate(labels):
         ax.plot([i - 0.45, i + 0.45], [100 * majority[name]] * 2, color="#444444", lw=1, ls=":")
