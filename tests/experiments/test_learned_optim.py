@@ -49,6 +49,7 @@ def single():
     return recipe, train(recipe, (1, 1, 1))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_eight_devices_learn_what_one_learns(single, mode):
     recipe, rows = single

@@ -171,6 +171,7 @@ def test_c_jepa_adds_its_terms_on_pooled_embeddings():
     assert logged["loss_prediction"] == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [IJEPA, ObjectiveSpec(position_noise=0.25, vicreg=0.1)])
 def test_the_same_in_groups(monkeypatch, spec):
     """On CPU the predictor may take few images at a time, forward and backward: value and gradients stay."""
