@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.array_fingerprint import array_fingerprint
 from common.checkpoint import (
     Checkpointer,
     CheckpointSpec,
     DamagedError,
-    _fingerprint,
     read_meta,
 )
 from tests.common.test_checkpoint import abstract, assert_same, make_state, restore, save_steps
@@ -183,9 +183,9 @@ def test_any_flipped_byte_is_harmless_or_seen(tmp_path):
 def test_the_fingerprint_sees_order_and_every_bit(dtype):
     x = jnp.arange(1, 7).reshape(2, 3).astype(dtype)
     changed = [x.T.reshape(2, 3), x[::-1], x[:, ::-1], x.at[0, 2].set(-3), x.at[1, 0].set(0)]
-    assert len({int(_fingerprint(y)) for y in [x, *changed]}) == 6
-    assert _fingerprint(jnp.zeros(3, dtype)) != _fingerprint(jnp.zeros(4, dtype))
-    assert _fingerprint(jnp.float32(0.0)) != _fingerprint(jnp.float32(-0.0))
+    assert len({int(array_fingerprint(y)) for y in [x, *changed]}) == 6
+    assert array_fingerprint(jnp.zeros(3, dtype)) != array_fingerprint(jnp.zeros(4, dtype))
+    assert array_fingerprint(jnp.float32(0.0)) != array_fingerprint(jnp.float32(-0.0))
 
 
 def test_a_damaged_step_asked_for_is_an_error(tmp_path):
