@@ -11,14 +11,12 @@ import re
 import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from orbax.checkpoint import multihost
 
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h. Launchers read it as: saved in time, start me again."""
@@ -113,7 +111,7 @@ def _slurm_tasks_on_node(env: Mapping[str, str]) -> int:
 
 
 def barrier(name: str, seconds: float = 600.0) -> None:
-    """Returns once every process has called it with this name; a name may be used again.
+    """Returns once every process has called it. Call on all of them, in the same order; `name` is for the error.
 
     Through jax's coordination service, which touches no device. (`sync_global_devices` is a collective: on CPU, gloo
     connects a pair of processes once per local device, and now and then never finishes.)
@@ -122,13 +120,13 @@ def barrier(name: str, seconds: float = 600.0) -> None:
       jax.errors.JaxRuntimeError: some process, which it names, has not come within `seconds`.
     """
     if jax.process_count() > 1:
-        key = f"{name} {next(_barriers[name])}"
+        from orbax.checkpoint import multihost  # a launch need not wait for orbax
+
+        key = f"{name} {next(_barriers)}"
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=round(1000 * seconds))
 
 
-_barriers: defaultdict[str, Iterator[int]] = defaultdict(
-    itertools.count
-)  # a key of jax's service serves once
+_barriers = itertools.count()  # a key of jax's service serves once
 
 
 class PreemptionGuard:

@@ -97,17 +97,15 @@ def _bars(ax: Axes, accuracy: Accuracy, majority: Mapping[str, float]) -> None:
         x = np.arange(len(labels)) + (k - 1) * width
         means = [100 * values[name][0] for name in labels]
         spreads = [100 * values[name][1] for name in labels]
-        # The bars' own error bars: `bar_label` writes above them.
-        whiskers = dict(yerr=spreads) if np.isfinite(spreads).all() else {}
-        style = dict(ecolor="#333333", capsize=2, lw=1)
         bars = ax.bar(
             x,
             means,
             width * 0.94,
             color=COLORS[kind],
             label=TITLES[kind],
-            error_kw=style,
-            **whiskers,
+            # The bars' own error bars: `bar_label` writes above them.
+            yerr=spreads if np.isfinite(spreads).all() else None,
+            error_kw=dict(ecolor="#333333", capsize=2, lw=1),
         )
         ax.bar_label(bars, [f"{m:.0f}" for m in means], fontsize=8, padding=3)
     for i, name in enumerate(labels):

@@ -70,20 +70,11 @@ def start(program, folder):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1"}
     env.pop("XLA_FLAGS", None)
     return [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-X",
-                "faulthandler",
-                "-c",
-                JOIN + REPORT + program,
-                address,
-                str(i),
-                folder / f"{i}.json",
-            ],
+            [sys.executable, "-c", JOIN + REPORT + program, address, str(i), folder / f"{i}.json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
