@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from common.nn.cpu import in_groups
-from common.nn.embed import PatchEmbed, gather_tokens, sincos_2d
+from common.nn.embed import PatchEmbed, sincos_2d
 from common.nn.layers import Block, LayerNorm
 from common.nn.module import Module, Params, define, init_stack, scan_stack
 from common.nn.policy import Policy
@@ -43,15 +43,19 @@ class Encoder:
             "norm": self._parts["norm"].init(k_norm),
         }
 
-    def embed(self, params: Params, x_BHWC: jax.Array) -> jax.Array:
-        """Patch tokens with their positions, [B, N, D]."""
+    def embed(
+        self, params: Params, x_BHWC: jax.Array, keep_BK: jax.Array | None = None
+    ) -> jax.Array:
+        """Patch tokens with their positions, [B, N, D], or [B, K, D] when only `keep_BK` is kept."""
         if x_BHWC.shape[1:] != (*self.config.image, self.config.channels):
             raise ValueError(
                 f"the encoder is built for images {(*self.config.image, self.config.channels)}, got "
                 f"{x_BHWC.shape[1:]}; resize them, or set model.image"
             )
-        position_ND = self.config.position_scale * sincos_2d(*self.config.grid, self.config.width)
-        return self._parts["patch"](params["patch"], x_BHWC) + position_ND
+        position = self.config.position_scale * sincos_2d(*self.config.grid, self.config.width)
+        if keep_BK is not None:
+            position = jnp.asarray(position)[keep_BK]
+        return self._parts["patch"](params["patch"], x_BHWC, keep_BK) + position
 
     def __call__(
         self,
@@ -62,12 +66,10 @@ class Encoder:
     ) -> jax.Array:
         """Encodes normalised images [B, H, W, C] to tokens [B, N, D], or [B, K, D] when only `keep_BK` is kept.
 
-        Dropped tokens leave before the first block, so they never enter attention. `valid_BK` marks padding (False) in
+        Dropped tokens leave before they are embedded, so they never enter attention. `valid_BK` marks padding (False) in
         `keep_BK`: nothing attends to it.
         """
-        x_BND = self.embed(params, x_BHWC)
-        if keep_BK is not None:
-            x_BND = gather_tokens(x_BND, keep_BK)
+        x_BND = self.embed(params, x_BHWC, keep_BK)
         x_BND = self._run(params["blocks"], x_BND, valid_BK)
         return self._parts["norm"](params["norm"], x_BND)
 

@@ -19,8 +19,10 @@ class PatchEmbed(nnx.Module):
         self.patch = patch
         self.proj = Linear(patch * patch * channels, width, policy, rngs)
 
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        return self.proj(patchify(x_BHWC, self.patch))
+    def __call__(self, x_BHWC: jax.Array, keep_BK: jax.Array | None = None) -> jax.Array:
+        """All tokens [B, N, D], or [B, K, D], only those of the patches that `keep_BK` names."""
+        patch_BNP = patchify(x_BHWC, self.patch)
+        return self.proj(patch_BNP if keep_BK is None else gather_tokens(patch_BNP, keep_BK))
 
 
 def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
