@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from common.nn.cpu import in_groups
 from common.nn.embed import PatchEmbed, sincos_2d
-from common.nn.layers import Block, LayerNorm
+from common.nn.layers import Block, LayerNorm, Wanted
 from common.nn.module import Module, Params, define, init_stack, scan_stack
 from common.nn.policy import Policy
 from jepa.config import ViTConfig
@@ -63,21 +63,30 @@ class Encoder:
         x_BHWC: jax.Array,
         keep_BK: jax.Array | None = None,
         valid_BK: jax.Array | None = None,
+        wanted_BK: jax.Array | None = None,
     ) -> jax.Array:
         """Encodes normalised images [B, H, W, C] to tokens [B, N, D], or [B, K, D] when only `keep_BK` is kept.
 
         Dropped tokens leave before they are embedded, so they never enter attention. `valid_BK` marks padding (False) in
-        `keep_BK`: nothing attends to it.
+        `keep_BK`: nothing attends to it. `wanted_BK`: of the tokens that are encoded, the ones to return; the last block
+        computes only these.
         """
         x_BND = self.embed(params, x_BHWC, keep_BK)
-        x_BND = self._run(params["blocks"], x_BND, valid_BK)
+        x_BND = self._run(params["blocks"], x_BND, valid_BK, wanted_BK)
         return self._parts["norm"](params["norm"], x_BND)
 
-    def constant(self, params: Params, x_BHWC: jax.Array) -> jax.Array:
-        """All tokens [B, N, D] as constants: no gradient flows through them. Takes few images at a time on CPU."""
+    def constant(
+        self, params: Params, x_BHWC: jax.Array, wanted_BK: jax.Array | None = None
+    ) -> jax.Array:
+        """All tokens [B, N, D], or those wanted [B, K, D], seen in the whole image, as constants: no gradient flows
+        through them. Takes few images at a time on CPU."""
+
+        def encode(images):
+            x_BHWC, wanted_BK = images
+            return self(params, x_BHWC, wanted_BK=wanted_BK)
+
         largest = 4 * self.config.tokens * self.config.hidden
-        tokens_BND = in_groups(lambda x: self(params, x), x_BHWC, largest)
-        return jax.lax.stop_gradient(tokens_BND)
+        return jax.lax.stop_gradient(in_groups(encode, (x_BHWC, wanted_BK), largest))
 
     def layers(self, params: Params, x_BHWC: jax.Array, last: int = 4) -> jax.Array:
         """The outputs of the last `last` blocks, each through the final norm: [last, B, N, D]. Probes read these."""
@@ -86,17 +95,21 @@ class Encoder:
         x_BND = self.embed(params, x_BHWC)
         split = self.config.depth - last
         if split:
-            x_BND = self._run(jax.tree.map(lambda p: p[:split], params["blocks"]), x_BND, None)
+            x_BND = self._run(jax.tree.map(lambda p: p[:split], params["blocks"]), x_BND)
         outputs = []
         for i in range(split, self.config.depth):
-            x_BND = self._run(
-                jax.tree.map(lambda p, i=i: p[i : i + 1], params["blocks"]), x_BND, None
-            )
+            x_BND = self._run(jax.tree.map(lambda p, i=i: p[i : i + 1], params["blocks"]), x_BND)
             outputs.append(self._parts["norm"](params["norm"], x_BND))
         return jnp.stack(outputs)
 
-    def _run(self, blocks: Params, x_BND: jax.Array, valid_BN: jax.Array | None) -> jax.Array:
-        return run_blocks(self._parts["block"], blocks, x_BND, valid_BN, self.policy)
+    def _run(
+        self,
+        blocks: Params,
+        x_BND: jax.Array,
+        valid_BN: jax.Array | None = None,
+        wanted_BK: jax.Array | None = None,
+    ) -> jax.Array:
+        return run_blocks(self._parts["block"], blocks, x_BND, valid_BN, self.policy, wanted_BK)
 
 
 def run_blocks(
@@ -105,17 +118,17 @@ def run_blocks(
     x_BND: jax.Array,
     valid_BN: jax.Array | None,
     policy: Policy,
-    last: int = 0,
+    wanted: Wanted = None,
 ) -> jax.Array:
     """The stack of blocks over tokens, under the policy's loop layout and rematerialisation.
 
-    `last`: how many tokens, from the end, are wanted; the final block computes only these. 0: all.
+    `wanted`: the tokens to return; the final block computes only these.
     """
     depth = jax.tree.leaves(stacked)[0].shape[0]
 
-    def run(stacked: Params, x_BND: jax.Array, last: int) -> jax.Array:
+    def run(stacked: Params, x_BND: jax.Array, wanted: Wanted) -> jax.Array:
         return scan_stack(
-            lambda p, x: policy.constrain(block(p, x, valid_BN, last)),
+            lambda p, x: policy.constrain(block(p, x, valid_BN, wanted)),
             stacked,
             x_BND,
             unroll=policy.blocks_per_turn(depth),
@@ -123,13 +136,13 @@ def run_blocks(
         )
 
     x_BND = policy.constrain(x_BND)
-    if not last:
-        return run(stacked, x_BND, 0)
+    if wanted is None:
+        return run(stacked, x_BND, None)
     before, final = (
         jax.tree.map(lambda p, part=part: p[part], stacked)
         for part in (slice(depth - 1), slice(depth - 1, depth))
     )
-    return run(final, run(before, x_BND, 0), last)
+    return run(final, run(before, x_BND, None), wanted)
 
 
 def rescale_by_depth(blocks: Params) -> Params:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from common.augment import normalize
 from common.metrics import Metrics, mean
 from common.nn.cpu import sum_in_groups
-from common.nn.embed import gather_tokens
+from common.nn.layers import take_tokens
 from common.nn.module import Params
 from jepa.encoder import Encoder
 from jepa.predictor import Predictor
@@ -68,13 +68,15 @@ def ijepa_loss(
     images = normalize(batch["image"])
     context_valid, target_valid = batch.get("context_valid"), batch.get("target_valid")
 
-    # 1. Targets: the EMA encoder sees the whole image; a second, affine-free norm; then the blocks are gathered.
-    h_BND = encoder.constant(target_params, images)
+    # 1. Targets: the EMA encoder sees the whole image; the blocks are gathered; a second, affine-free norm.
     B, M, T = batch["targets"].shape
-    centred_BND = h_BND - h_BND.mean(0) if spec.center else h_BND
-    target_BMTD = gather_tokens(
-        feature_norm(centred_BND), batch["targets"].reshape(B, M * T)
-    ).reshape(B, M, T, -1)
+    blocks_BK = batch["targets"].reshape(B, M * T)
+    if spec.center or spec.vicreg:  # these take all tokens
+        h_BND = encoder.constant(target_params, images)
+        h_BKD = take_tokens(h_BND - h_BND.mean(0) if spec.center else h_BND, blocks_BK)
+    else:
+        h_BKD = encoder.constant(target_params, images, blocks_BK)
+    target_BMTD = feature_norm(h_BKD).reshape(B, M, T, -1)
 
     # 2. Context: the online encoder sees only the context tokens.
     z_BCD = encoder(params["encoder"], images, batch["context"], context_valid)

@@ -89,7 +89,7 @@ class Predictor:
         context_BMCP = jnp.broadcast_to(context_BCP[:, None], (B, M, C, P))
         x = jnp.concatenate([context_BMCP, masks_BMTP], axis=2).reshape(B * M, C + T, P)
         valid = _joint_validity(context_valid_BC, target_valid_BMT, B, M, C, T)
-        x = run_blocks(self._parts["block"], params["blocks"], x, valid, self.policy, last=T)
+        x = run_blocks(self._parts["block"], params["blocks"], x, valid, self.policy, wanted=T)
         x = self._parts["norm"](params["norm"], x)
         return self._parts["proj"](params["proj"], x).reshape(B, M, T, -1)
 

@@ -1,6 +1,6 @@
 """Softmax attention whose products take the policy's operands, forward and backward.
 
-Legend: B batch, N queries, M keys, H heads, G = 3 H queries, keys and values of every head, K head width.
+Legend: B batch, N queries, M keys, H heads, G = 2 H keys and values of every head, K head width.
 """
 
 from functools import partial
@@ -12,30 +12,29 @@ from jax import lax
 from common.nn.cpu import fenced, laid_out, rounded
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(
-    compute: str, last: int, qkv_BMGK: jax.Array, valid: jax.Array | None = None
+    compute: str, q_BNHK: jax.Array, kv_BMGK: jax.Array, valid: jax.Array | None = None
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v, [B, N, H, K], in float32, as are scores and softmax; rounded as the next product takes it.
 
     Args:
       compute: operand type of the products, "bfloat16" or "float32".
-      last: how many tokens, from the end, ask; 0: all. All are attended to.
-      qkv_BMGK: the heads' queries, then keys, then values, as one projection leaves them.
+      q_BNHK: queries, of all tokens or fewer.
+      kv_BMGK: the heads' keys, then their values.
       valid: False marks what may not be attended to: keys for all queries, [B, M], or for each, [B, N, M] ([1, N, M] for
         the same in every example, such as the past). None: all are seen.
     """
-    return _forward(compute, last, qkv_BMGK, valid)[0]
+    return _forward(compute, q_BNHK, kv_BMGK, valid)[0]
 
 
-def _forward(compute, last, qkv_BMGK, valid):
-    # One cast of all, then one copy of each with heads in front: inside the products both would cost several times as much.
-    qkv = fenced(rounded(qkv_BMGK, compute))
-    q_BMHK, k_BMHK, v_BMHK = jnp.split(qkv, 3, axis=2)
-    q_BHNK, k_BHMK, v_BHMK = map(_swap, (q_BMHK[:, -last:], k_BMHK, v_BMHK))
+def _forward(compute, q_BNHK, kv_BMGK, valid):
+    # One cast, then one copy of each with heads in front: inside the products both would cost several times as much.
+    q_BNHK, kv_BMGK = fenced(rounded(q_BNHK, compute)), fenced(rounded(kv_BMGK, compute))
+    q_BHNK, k_BHMK, v_BHMK = map(_swap, (q_BNHK, *jnp.split(kv_BMGK, 2, axis=2)))
     scores_BHNM = _einsum("BHNK,BHMK->BHNM", q_BHNK, k_BHMK) * q_BHNK.shape[-1] ** -0.5
     if valid is not None:
-        by_query = valid[:, -last:] if valid.ndim == 3 else valid[:, None]
+        by_query = valid if valid.ndim == 3 else valid[:, None]
         scores_BHNM = jnp.where(by_query[:, None], scores_BHNM, -1e30)
     weights_BHNM = jax.nn.softmax(scores_BHNM, axis=-1).astype(compute)
     out_BHNK = fenced(_einsum("BHNM,BHMK->BHNK", weights_BHNM, v_BHMK))
@@ -43,7 +42,7 @@ def _forward(compute, last, qkv_BMGK, valid):
     return out_BNHK.astype(jnp.float32), (q_BHNK, k_BHMK, v_BHMK, weights_BHNM)
 
 
-def _backward(compute, last, residuals, g_BNHK):
+def _backward(compute, residuals, g_BNHK):
     q_BHNK, k_BHMK, v_BHMK, weights_BHNM = residuals
     g_BHNK = _swap(fenced(rounded(g_BNHK, compute)))
     dweights_BHNM = _einsum("BHNK,BHMK->BHNM", g_BHNK, v_BHMK)
@@ -53,10 +52,8 @@ def _backward(compute, last, residuals, g_BNHK):
     dq_BHNK = fenced(_einsum("BHNM,BHMK->BHNK", dscores_BHNM, k_BHMK))
     dk_BHMK = fenced(_einsum("BHMN,BHNK->BHMK", laid_out(dscores_BHNM.swapaxes(2, 3)), q_BHNK))
     dv_BHMK = fenced(_einsum("BHMN,BHNK->BHMK", laid_out(weights_BHNM.swapaxes(2, 3)), g_BHNK))
-    silent = k_BHMK.shape[2] - q_BHNK.shape[2]
-    dq_BHMK = jnp.pad(dq_BHNK, ((0, 0), (0, 0), (silent, 0), (0, 0)))
-    parts = [d_BHMK.swapaxes(1, 2) for d_BHMK in (dq_BHMK, dk_BHMK, dv_BHMK)]
-    return jnp.concatenate(parts, axis=2), None
+    dq_BNHK, dk_BMHK, dv_BMHK = (d.swapaxes(1, 2) for d in (dq_BHNK, dk_BHMK, dv_BHMK))
+    return dq_BNHK, jnp.concatenate([dk_BMHK, dv_BMHK], axis=2), None
 
 
 attention.defvjp(_forward, _backward)

@@ -43,6 +43,27 @@ def transposed(x_ND: jax.Array) -> jax.Array:
     return laid_out(blocks.swapaxes(0, 1)).reshape(D, N)
 
 
+def summed_along(x_ND: jax.Array, weight_D: jax.Array) -> jax.Array:
+    """The sum of x * weight [...] over the last axis, in float32; on CPU a product with the weights, which reads x once."""
+    return lax.platform_dependent(
+        x_ND,
+        weight_D,
+        cpu=lambda x, weight: jnp.dot(x, weight, precision=lax.Precision.HIGHEST),
+        default=lambda x, weight: (x * weight).sum(-1),
+    )
+
+
+def summed_over(x_ND: jax.Array) -> jax.Array:
+    """The sum of x [D] over all axes but the last, in float32; on CPU a product with ones."""
+
+    def product(x):
+        x = x.reshape(-1, x.shape[-1])
+        return jnp.dot(jnp.ones(len(x)), x, precision=lax.Precision.HIGHEST)
+
+    tokens = tuple(range(x_ND.ndim - 1))
+    return lax.platform_dependent(x_ND, cpu=product, default=lambda x: x.sum(tokens))
+
+
 @jax.custom_vjp
 def fenced_gradient(x: jax.Array) -> jax.Array:
     """`x`, whose gradient is `fenced`. For the residual stream, where all blocks' gradients add up.
@@ -87,15 +108,16 @@ def _bfloat16_cpu(x: jax.Array) -> jax.Array:
 _bfloat16_cpu.defvjp(lambda x: (_bfloat16_cpu(x), None), lambda _, g: (g.astype(jnp.float32),))
 
 
-def in_groups(f: Callable, x: jax.Array, bytes_each: int) -> jax.Array:
-    """`f(x)` for an `f` that takes examples along the leading axis one by one, without a gradient.
+def in_groups(f: Callable, x: Any, bytes_each: int) -> jax.Array:
+    """`f(x)` for an `f` that takes examples along the leading axis of all of `x` one by one, without a gradient.
 
     A CPU takes as many at once as its caches hold, where `bytes_each` is the largest activation of one.
     """
-    at_once = _fitting(len(x), bytes_each)
-    if at_once == len(x):
+    size = len(jax.tree.leaves(x)[0])
+    at_once = _fitting(size, bytes_each)
+    if at_once == size:
         return f(x)
-    y = lax.map(f, x.reshape(-1, at_once, *x.shape[1:]))
+    y = lax.map(f, _groups(at_once, x))
     return y.reshape(-1, *y.shape[2:])
 
 

@@ -1,11 +1,10 @@
 """Patches and positions. Legend: B batch, N tokens, D width, H/W image height and width, C channels."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.nn.layers import Linear
+from common.nn.layers import Linear, take_tokens
 from common.nn.policy import Policy
 
 
@@ -22,7 +21,7 @@ class PatchEmbed(nnx.Module):
     def __call__(self, x_BHWC: jax.Array, keep_BK: jax.Array | None = None) -> jax.Array:
         """All tokens [B, N, D], or [B, K, D], only those of the patches that `keep_BK` names."""
         patch_BNP = patchify(x_BHWC, self.patch)
-        return self.proj(patch_BNP if keep_BK is None else gather_tokens(patch_BNP, keep_BK))
+        return self.proj(take_tokens(patch_BNP, keep_BK))
 
 
 def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
@@ -46,8 +45,3 @@ def sincos_2d(rows: int, cols: int, width: int) -> np.ndarray:
     row, col = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
     parts = [f(p.reshape(-1, 1) * omega) for p in (col, row) for f in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1).astype(np.float32)
-
-
-def gather_tokens(x_BND: jax.Array, index_BK: jax.Array) -> jax.Array:
-    """x[b, index[b, k], :] for every b, k: [B, K, D]. Indices must lie in 0..N-1 (the masks assert it)."""
-    return jnp.take_along_axis(x_BND, index_BK[..., None], axis=1, mode="promise_in_bounds")

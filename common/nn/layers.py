@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.attention import attention
-from common.nn.cpu import fenced, fenced_gradient
+from common.nn.cpu import fenced, fenced_gradient, summed_along, summed_over
 from common.nn.policy import Policy
 
 # Logical names of every parameter's axes, by the end of its path. Rules (common/sharding.py) map names to mesh axes.
@@ -93,23 +93,37 @@ def _layer_norm_fwd(epsilon, x_ND, scale_D, bias_D):
 
 def _layer_norm_bwd(epsilon, residuals, g_ND):
     x_ND, mean_N1, inverse_N1, scale_D = residuals
+    D = x_ND.shape[-1]
     g_ND = fenced(g_ND)
     normed_ND = (x_ND - mean_N1) * inverse_N1
-    scaled_ND = g_ND * scale_D
-    along_mean_N1 = fenced(scaled_ND.mean(-1, keepdims=True))
-    along_x_N1 = fenced((scaled_ND * normed_ND).mean(-1, keepdims=True))
-    tokens = tuple(range(x_ND.ndim - 1))
-    dx_ND = inverse_N1 * (scaled_ND - along_mean_N1 - normed_ND * along_x_N1)
-    return dx_ND, (g_ND * normed_ND).sum(tokens), g_ND.sum(tokens)
+    product_ND = fenced(g_ND * normed_ND)
+    along_mean_N1 = fenced(summed_along(g_ND, scale_D)[..., None] / D)
+    along_x_N1 = fenced(summed_along(product_ND, scale_D)[..., None] / D)
+    dx_ND = inverse_N1 * (g_ND * scale_D - along_mean_N1 - normed_ND * along_x_N1)
+    return dx_ND, summed_over(product_ND), summed_over(g_ND)
 
 
 layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
+# Some tokens of a sequence: how many from the end, or their indices [B, K]. None: all.
+Wanted = int | jax.Array | None
+
+
+def take_tokens(x: jax.Array, wanted: Wanted) -> jax.Array:
+    """`x` [B, N, ...] of the wanted tokens only, [B, K, ...]. Indices must lie in 0..N-1 (the masks assert it)."""
+    if wanted is None:
+        return x
+    if isinstance(wanted, int):
+        return x[:, x.shape[1] - wanted :]
+    index = wanted.reshape(*wanted.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="promise_in_bounds")
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with biased projections (ijepa spec 1.3), scores and softmax in float32.
 
-    `valid`: see `common.nn.attention.attention`. `last`: see `Block`.
+    `valid`: see `common.nn.attention.attention`. `wanted`: see `Block`.
     """
 
     def __init__(self, width: int, heads: int, policy: Policy, rngs: nnx.Rngs):
@@ -121,11 +135,12 @@ class Attention(nnx.Module):
         self.out = Linear(width, width, policy, rngs)
 
     def __call__(
-        self, x_BND: jax.Array, valid: jax.Array | None = None, last: int = 0
+        self, x_BND: jax.Array, valid: jax.Array | None = None, wanted: Wanted = None
     ) -> jax.Array:
         B, N, D = x_BND.shape
-        qkv_BNGK = self.qkv(x_BND).reshape(B, N, 3 * self.heads, D // self.heads)
-        mixed_BNHK = attention(self.policy.compute, last, qkv_BNGK, valid)
+        qkv = self.qkv(x_BND).reshape(B, N, 3 * self.heads, D // self.heads)
+        q_BNHK, kv_BNGK = jnp.split(qkv, [self.heads], axis=2)
+        mixed_BNHK = attention(self.policy.compute, take_tokens(q_BNHK, wanted), kv_BNGK, valid)
         return self.out(mixed_BNHK.reshape(B, -1, D))
 
 
@@ -143,7 +158,8 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). LayerNorm eps 1e-6.
 
-    `last`: how many tokens, from the end, leave the block; all others are only attended to. 0: all.
+    `wanted`: the tokens that leave the block; all others are only attended to (`valid`, where it is for each query, is
+    for these). None: all.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, policy: Policy, rngs: nnx.Rngs):
@@ -153,9 +169,9 @@ class Block(nnx.Module):
         self.mlp = MLP(width, hidden, policy, rngs)
 
     def __call__(
-        self, x_BND: jax.Array, valid: jax.Array | None = None, last: int = 0
+        self, x_BND: jax.Array, valid: jax.Array | None = None, wanted: Wanted = None
     ) -> jax.Array:
         x_BND = fenced_gradient(x_BND)
-        mixed_BND = self.attention(self.norm1(x_BND), valid, last)
-        x_BND = fenced_gradient(x_BND[:, -last:] + mixed_BND)
+        mixed_BND = self.attention(self.norm1(x_BND), valid, wanted)
+        x_BND = fenced_gradient(take_tokens(x_BND, wanted) + mixed_BND)
         return x_BND + self.mlp(self.norm2(x_BND))

@@ -86,27 +86,46 @@ def test_a_token_of_one_value_is_normalised_to_the_bias():
     np.testing.assert_allclose(y, 1, atol=0.2)
 
 
-@pytest.mark.parametrize("last", [0, 1, 3, 5])
+@pytest.mark.parametrize("queries", [1, 3, 5])
 @pytest.mark.parametrize("masked", [None, "keys", "causal"])
-def test_attention_of_the_last_tokens(last, masked):
+def test_attention_is_the_plain_formula(queries, masked):
     rng = np.random.default_rng(0)
     B, N, H, K = 2, 5, 3, 4
-    qkv = rng.normal(size=(B, N, 3 * H, K)).astype(np.float32)
+    q = rng.normal(size=(B, queries, H, K)).astype(np.float32)
+    kv = rng.normal(size=(B, N, 2 * H, K)).astype(np.float32)
     valid = {
         None: None,
         "keys": rng.random((B, N)) < 0.7,
-        "causal": np.tril(np.ones((1, N, N), bool)),
+        "causal": np.tril(np.ones((1, N, N), bool))[:, -queries:],
     }[masked]
 
-    def plain(qkv):
-        q, k, v = jnp.split(qkv, 3, axis=2)
+    def plain(q, kv):
+        k, v = jnp.split(kv, 2, axis=2)
         scores = jnp.einsum("bnhk,bmhk->bhnm", q, k) / K**0.5
         if valid is not None:
             seen = valid[:, None, None] if valid.ndim == 2 else valid[:, None]
             scores = jnp.where(seen, scores, -1e30)
-        return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores), v)[:, -last:]
+        return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores), v)
 
-    autodiff(plain, lambda qkv: attention("float32", last, qkv, valid), qkv)
+    autodiff(plain, lambda q, kv: attention("float32", q, kv, valid), q, kv)
+
+
+@pytest.mark.parametrize("wanted", [2, np.array([[4, 0, 4], [1, 2, 3]])])
+def test_a_block_computes_only_the_wanted_tokens(wanted):
+    """Some from the end, or by index, also twice: their values, and gradients that reach all that they attend to."""
+    block = define(lambda rngs: Block(WIDTH, 2, 4 * WIDTH, Policy("float32"), rngs))
+    x_BND = jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
+    rows = np.arange(2)[:, None]
+    index = np.array([[3, 4]] * 2) if isinstance(wanted, int) else wanted
+    params = block.init(jax.random.key(0))
+    autodiff(
+        lambda x: block(params, x)[rows, index],
+        lambda x: block(params, x, wanted=wanted),
+        np.asarray(x_BND),
+    )
+    products = str(jax.make_jaxpr(lambda x: block(params, x, wanted=wanted))(x_BND))
+    assert f"f32[{2 * index.shape[1]},{4 * WIDTH}]" in products  # the MLP's hidden layer
+    assert f"f32[10,{4 * WIDTH}]" not in products
 
 
 def gradient(depth: int):

@@ -195,5 +195,8 @@ def test_constants_are_the_same_in_groups(monkeypatch, size, held, at_once):
     assert [e.params["length"] for e in loops] == [outermost]
     got = ENCODER.constant(PARAMS, images)
     assert relative_error(got, encode(PARAMS, images)) < 1e-6
+    wanted = np.random.default_rng(0).integers(0, CONFIG.tokens, (size, 3))
+    some = ENCODER.constant(PARAMS, images, wanted)
+    assert relative_error(some, np.asarray(got)[np.arange(size)[:, None], wanted]) < 1e-6
     gradient = jax.grad(lambda p: ENCODER.constant(p, images).sum())(PARAMS)
     assert not any(np.any(g) for g in jax.tree.leaves(gradient))
