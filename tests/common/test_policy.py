@@ -86,28 +86,29 @@ def test_a_token_of_one_value_is_normalised_to_the_bias():
     np.testing.assert_allclose(y, 1, atol=0.2)
 
 
-@pytest.mark.parametrize("queries", [1, 3, 5])
+@pytest.mark.parametrize("queries", [None, 1, 3, 5])
 @pytest.mark.parametrize("masked", [None, "keys", "causal"])
 def test_attention_is_the_plain_formula(queries, masked):
     rng = np.random.default_rng(0)
     B, N, H, K = 2, 5, 3, 4
-    q = rng.normal(size=(B, queries, H, K)).astype(np.float32)
-    kv = rng.normal(size=(B, N, 2 * H, K)).astype(np.float32)
+    qkv = rng.normal(size=(B, N, 3 * H, K)).astype(np.float32)
+    q = [rng.normal(size=(B, queries, H, K)).astype(np.float32)] if queries else []
     valid = {
         None: None,
         "keys": rng.random((B, N)) < 0.7,
-        "causal": np.tril(np.ones((1, N, N), bool))[:, -queries:],
+        "causal": np.tril(np.ones((1, N, N), bool))[:, -(queries or N) :],
     }[masked]
 
-    def plain(q, kv):
-        k, v = jnp.split(kv, 2, axis=2)
+    def plain(qkv, *asking):
+        q, k, v = jnp.split(qkv, 3, axis=2)
+        (q,) = asking or (q,)
         scores = jnp.einsum("bnhk,bmhk->bhnm", q, k) / K**0.5
         if valid is not None:
             seen = valid[:, None, None] if valid.ndim == 2 else valid[:, None]
             scores = jnp.where(seen, scores, -1e30)
         return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores), v)
 
-    autodiff(plain, lambda q, kv: attention("float32", q, kv, valid), q, kv)
+    autodiff(plain, lambda qkv, *q: attention("float32", qkv, valid, *q), qkv, *q)
 
 
 @pytest.mark.parametrize("wanted", [2, np.array([[4, 0, 4], [1, 2, 3]])])
