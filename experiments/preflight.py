@@ -24,6 +24,8 @@ from typing import Any
 # This process compiles for TPUs and runs nothing: the CPU is its only device, and no cloud is asked about a TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# It drives no chip, so a training run beside it may hold libtpu's lock.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 RELEASED = ("in1k_vith14", "in1k_vith16_448", "in22k_vith14", "in22k_vitg16")
