@@ -1,6 +1,6 @@
 """Softmax attention whose products take the policy's operands, forward and backward.
 
-Legend: B batch, N queries, M keys, H heads, G = 3 H queries, keys and values of every head, K head width.
+Legend: B batch, N queries, M keys, H heads, K head width.
 """
 
 from functools import partial
@@ -15,28 +15,25 @@ from common.nn.cpu import fenced, laid_out, rounded
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attention(
     compute: str,
-    qkv_BMGK: jax.Array,
+    q_BNHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
     valid: jax.Array | None = None,
-    q_BNHK: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v, [B, N, H, K], in float32, as are scores and softmax; rounded as the next product takes it.
 
     Args:
       compute: operand type of the products, "bfloat16" or "float32".
-      qkv_BMGK: the heads' queries, then keys, then values, as one projection leaves them.
       valid: False marks what may not be attended to: keys for all queries, [B, M], or for each, [B, N, M] ([1, N, M] for
         the same in every example, such as the past). None: all are seen.
-      q_BNHK: the queries, where not all tokens ask. None: all do.
     """
-    return _forward(compute, qkv_BMGK, valid, q_BNHK)[0]
+    return _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid)[0]
 
 
-def _forward(compute, qkv_BMGK, valid, q_BNHK):
-    # One cast of all, then one copy of each with heads in front: inside the products both would cost several times as much.
-    q_BMHK, k_BMHK, v_BMHK = jnp.split(fenced(rounded(qkv_BMGK, compute)), 3, axis=2)
-    apart = None if q_BNHK is None else ()  # without a leaf, so that it stays known
-    q_BNHK = q_BMHK if apart is None else fenced(rounded(q_BNHK, compute))
-    q_BHNK, k_BHMK, v_BHMK = map(_swap, (q_BNHK, k_BMHK, v_BMHK))
+def _forward(compute, q_BNHK, k_BMHK, v_BMHK, valid):
+    # A cast, then a copy with heads in front: inside the products both would cost several times as much.
+    operands = fenced([rounded(x, compute) for x in (q_BNHK, k_BMHK, v_BMHK)])
+    q_BHNK, k_BHMK, v_BHMK = map(_swap, operands)
     scores_BHNM = _einsum("BHNK,BHMK->BHNM", q_BHNK, k_BHMK) * q_BHNK.shape[-1] ** -0.5
     if valid is not None:
         by_query = valid if valid.ndim == 3 else valid[:, None]
@@ -44,11 +41,11 @@ def _forward(compute, qkv_BMGK, valid, q_BNHK):
     weights_BHNM = jax.nn.softmax(scores_BHNM, axis=-1).astype(compute)
     out_BHNK = fenced(_einsum("BHNM,BHMK->BHNK", weights_BHNM, v_BHMK))
     out_BNHK = _swap(fenced(rounded(out_BHNK, compute)))  # in one pass, the two take twice as long
-    return out_BNHK.astype(jnp.float32), (q_BHNK, k_BHMK, v_BHMK, weights_BHNM, apart)
+    return out_BNHK.astype(jnp.float32), (q_BHNK, k_BHMK, v_BHMK, weights_BHNM)
 
 
 def _backward(compute, residuals, g_BNHK):
-    q_BHNK, k_BHMK, v_BHMK, weights_BHNM, apart = residuals
+    q_BHNK, k_BHMK, v_BHMK, weights_BHNM = residuals
     g_BHNK = _swap(fenced(rounded(g_BNHK, compute)))
     dweights_BHNM = _einsum("BHNK,BHMK->BHNM", g_BHNK, v_BHMK)
     weights = weights_BHNM.astype(jnp.float32)
@@ -57,9 +54,7 @@ def _backward(compute, residuals, g_BNHK):
     dq_BHNK = fenced(_einsum("BHNM,BHMK->BHNK", dscores_BHNM, k_BHMK))
     dk_BHMK = fenced(_einsum("BHMN,BHNK->BHMK", laid_out(dscores_BHNM.swapaxes(2, 3)), q_BHNK))
     dv_BHMK = fenced(_einsum("BHMN,BHNK->BHMK", laid_out(weights_BHNM.swapaxes(2, 3)), g_BHNK))
-    dq_BNHK, dk_BMHK, dv_BMHK = (d.swapaxes(1, 2) for d in (dq_BHNK, dk_BHMK, dv_BHMK))
-    dq_BMHK, dq_BNHK = (dq_BNHK, None) if apart is None else (jnp.zeros_like(dk_BMHK), dq_BNHK)
-    return jnp.concatenate([dq_BMHK, dk_BMHK, dv_BMHK], axis=2), None, dq_BNHK
+    return *(d.swapaxes(1, 2) for d in (dq_BHNK, dk_BHMK, dv_BHMK)), None
 
 
 attention.defvjp(_forward, _backward)

@@ -14,10 +14,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 # Of a layer's activations, what a CPU had better not exceed: they then stay in its caches.
 CACHE_BYTES = 8 << 20
+# Of a product's right operand, what XLA's CPU backend takes at once.
+BLOCK_BYTES = 128 << 10
 
 
-def fenced(x: jax.Array) -> jax.Array:
-    """`x`, on CPU computed once and kept: XLA would fuse how it is computed into each of its uses.
+def fenced(x: Any) -> Any:
+    """`x`, an array or several, on CPU computed once and kept: XLA would fuse how it is computed into each of its uses.
 
     Holds in a jit with `compiler_options()`.
     """
@@ -108,6 +110,19 @@ def _bfloat16_cpu(x: jax.Array) -> jax.Array:
 _bfloat16_cpu.defvjp(lambda x: (_bfloat16_cpu(x), None), lambda _, g: (g.astype(jnp.float32),))
 
 
+def column_parts(n_in: int, n_out: int) -> int:
+    """In how many parts to take the columns of a weight [n_in, n_out], so that the cores share out a product's rows.
+
+    Of more columns than it takes at once, XLA's CPU backend gives each core a share; what comes next goes by rows again,
+    and finds most of them in another core's cache. 1 where nothing is gained: elsewhere, and for weights so large that
+    products take long against what is moved.
+    """
+    if not _on_lone_cpu():
+        return 1
+    fits = (p for p in range(1, 5) if n_out % p == 0 and 2 * n_in * n_out // p <= BLOCK_BYTES)
+    return next(fits, 1)
+
+
 def in_groups(f: Callable, x: Any, bytes_each: int) -> jax.Array:
     """`f(x)` for an `f` that takes examples along the leading axis of all of `x` one by one, without a gradient.
 
@@ -134,9 +149,13 @@ def sum_in_groups(f: Callable, params: Any, x: Any, given: Any, bytes_each: int)
     return _sum_in_groups(f, at_once, params, x, given)
 
 
+def _on_lone_cpu() -> bool:
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+
+
 def _fitting(size: int, bytes_each: int) -> int:
     """How many of `size` examples to take at once: all, or on a lone CPU device a divisor whose activations fit."""
-    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+    if not _on_lone_cpu():
         return size
     most = CACHE_BYTES // bytes_each
     divisors = [n for n in range(1, size + 1) if size % n == 0 and n <= most]

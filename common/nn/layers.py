@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.nn.attention import attention
-from common.nn.cpu import fenced, fenced_gradient, summed_along, summed_over
+from common.nn.cpu import column_parts, fenced, fenced_gradient, summed_along, summed_over
 from common.nn.policy import Policy
 
 # Logical names of every parameter's axes, by the end of its path. Rules (common/sharding.py) map names to mesh axes.
@@ -46,6 +46,10 @@ class Linear(nnx.Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
         return self.policy.dense(x, self.kernel[...], bias)
+
+    def parts(self, x: jax.Array, n: int) -> list[jax.Array]:
+        """The same, its features in `n` equal parts."""
+        return self.policy.dense_parts(x, self.kernel[...], self.bias[...], n)
 
 
 @jax.custom_vjp
@@ -140,21 +144,24 @@ class Attention(nnx.Module):
         self, x_BND: jax.Array, valid: jax.Array | None = None, wanted: Wanted = None
     ) -> jax.Array:
         B, N, D = x_BND.shape
-        qkv_BNGK = self.qkv(x_BND).reshape(B, N, 3 * self.heads, D // self.heads)
-        q = None if wanted is None else take_tokens(qkv_BNGK[:, :, : self.heads], wanted)
-        mixed_BNHK = attention(self.policy.compute, qkv_BNGK, valid, q)
+        q, k, v = (y.reshape(B, N, self.heads, -1) for y in self.qkv.parts(x_BND, 3))
+        mixed_BNHK = attention(self.policy.compute, take_tokens(q, wanted), k, v, valid)
         return self.out(mixed_BNHK.reshape(B, -1, D))
 
 
 class MLP(nnx.Module):
-    """Two linear layers with exact GELU."""
+    """Two linear layers with exact GELU, the hidden layer in as many parts as `column_parts` says."""
 
     def __init__(self, width: int, hidden: int, policy: Policy, rngs: nnx.Rngs):
+        self.policy = policy
         self.up = Linear(width, hidden, policy, rngs)
         self.down = Linear(hidden, width, policy, rngs)
 
     def __call__(self, x_BND: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(x_BND)))
+        hidden = [gelu(h) for h in self.up.parts(x_BND, column_parts(*self.up.kernel.shape))]
+        weights = jnp.split(self.down.kernel[...], len(hidden))
+        biases = [self.down.bias[...]] + [None] * (len(hidden) - 1)
+        return sum(map(self.policy.dense, hidden, weights, biases))
 
 
 class Block(nnx.Module):

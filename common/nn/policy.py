@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from common.nn.cpu import rounded, transposed
+from common.nn.cpu import column_parts, rounded, transposed
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ class Policy:
         """x [..., D] times w [D, F], plus b [F] if given, in float32 [..., F]."""
         y_NF = _dense(self.compute, x.reshape(-1, x.shape[-1]), w_DF, b_F)
         return y_NF.reshape(*x.shape[:-1], w_DF.shape[-1])
+
+    def dense_parts(
+        self, x: jax.Array, w_DF: jax.Array, b_F: jax.Array, parts: int
+    ) -> list[jax.Array]:
+        """`dense` in equal parts of its features, each [..., F / parts]: a product each where `column_parts` splits w."""
+        if column_parts(*w_DF.shape) == 1:
+            return jnp.split(self.dense(x, w_DF, b_F), parts, axis=-1)
+        columns = zip(jnp.split(w_DF, parts, axis=1), jnp.split(b_F, parts))
+        return [self.dense(x, w, b) for w, b in columns]
 
 
 def _dot(compute: str, a: jax.Array, b: jax.Array, over: tuple[int, int]) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.nn import cpu
 from common.nn.attention import attention
 from common.nn.cpu import compiler_options, fenced_gradient, rounded
 from common.nn.layers import Block, gelu, layer_norm
@@ -86,29 +87,55 @@ def test_a_token_of_one_value_is_normalised_to_the_bias():
     np.testing.assert_allclose(y, 1, atol=0.2)
 
 
-@pytest.mark.parametrize("queries", [None, 1, 3, 5])
+@pytest.mark.parametrize("queries", [1, 3, 5])
 @pytest.mark.parametrize("masked", [None, "keys", "causal"])
 def test_attention_is_the_plain_formula(queries, masked):
     rng = np.random.default_rng(0)
     B, N, H, K = 2, 5, 3, 4
-    qkv = rng.normal(size=(B, N, 3 * H, K)).astype(np.float32)
-    q = [rng.normal(size=(B, queries, H, K)).astype(np.float32)] if queries else []
+    q, k, v = (rng.normal(size=(B, n, H, K)).astype(np.float32) for n in (queries, N, N))
     valid = {
         None: None,
         "keys": rng.random((B, N)) < 0.7,
-        "causal": np.tril(np.ones((1, N, N), bool))[:, -(queries or N) :],
+        "causal": np.tril(np.ones((1, N, N), bool))[:, -queries:],
     }[masked]
 
-    def plain(qkv, *asking):
-        q, k, v = jnp.split(qkv, 3, axis=2)
-        (q,) = asking or (q,)
+    def plain(q, k, v):
         scores = jnp.einsum("bnhk,bmhk->bhnm", q, k) / K**0.5
         if valid is not None:
             seen = valid[:, None, None] if valid.ndim == 2 else valid[:, None]
             scores = jnp.where(seen, scores, -1e30)
         return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores), v)
 
-    autodiff(plain, lambda qkv, *q: attention("float32", qkv, valid, *q), qkv, *q)
+    autodiff(plain, lambda q, k, v: attention("float32", q, k, v, valid), q, k, v)
+
+
+@pytest.mark.parametrize("block", [2 * WIDTH * 4 * WIDTH, 2 * WIDTH * 2 * WIDTH, 2 * WIDTH * WIDTH])
+def test_a_block_in_parts_is_the_block(monkeypatch, block):
+    """Also in parts, values and gradients are those of whole products, and no product takes more columns than asked."""
+    whole = define(lambda rngs: Block(WIDTH, 2, 4 * WIDTH, Policy("float32"), rngs))
+    params = whole.init(jax.random.key(0))
+    x_BND = np.asarray(jax.random.normal(jax.random.key(1), (2, 5, WIDTH)))
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 30)
+
+    def run(params, x):
+        return whole(params, x)
+
+    def in_parts(params, x):
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "BLOCK_BYTES", block)
+            return whole(params, x)
+
+    leaves, tree = jax.tree.flatten(params)
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    autodiff(
+        lambda x, *leaves: run(jax.tree.unflatten(tree, leaves), x),
+        lambda x, *leaves: in_parts(jax.tree.unflatten(tree, leaves), x),
+        x_BND, *leaves,
+    )  # fmt: skip
+    widest = max(
+        int(w) for w in re.findall(r"f32\[10,(\d+)\]", str(jax.make_jaxpr(in_parts)(params, x_BND)))
+    )
+    assert widest == block // (2 * WIDTH)
 
 
 @pytest.mark.parametrize("wanted", [2, np.array([[4, 0, 4], [1, 2, 3]])])
