@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from common.nn import cpu
 from common.nn.attention import attention
@@ -113,25 +114,16 @@ def test_attention_is_the_plain_formula(queries, masked):
 def test_a_block_in_parts_is_the_block(monkeypatch, block):
     """Also in parts, values and gradients are those of whole products, and no product takes more columns than asked."""
     whole = define(lambda rngs: Block(WIDTH, 2, 4 * WIDTH, Policy("float32"), rngs))
-    params = whole.init(jax.random.key(0))
-    x_BND = np.asarray(jax.random.normal(jax.random.key(1), (2, 5, WIDTH)))
+    params, unravel = ravel_pytree(whole.init(jax.random.key(0)))
+    x_BND = jax.random.normal(jax.random.key(1), (2, 5, WIDTH))
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 1 << 30)
-
-    def run(params, x):
-        return whole(params, x)
 
     def in_parts(params, x):
         with monkeypatch.context() as patch:
             patch.setattr(cpu, "BLOCK_BYTES", block)
-            return whole(params, x)
+            return whole(unravel(params), x)
 
-    leaves, tree = jax.tree.flatten(params)
-    leaves = [np.asarray(leaf) for leaf in leaves]
-    autodiff(
-        lambda x, *leaves: run(jax.tree.unflatten(tree, leaves), x),
-        lambda x, *leaves: in_parts(jax.tree.unflatten(tree, leaves), x),
-        x_BND, *leaves,
-    )  # fmt: skip
+    autodiff(lambda params, x: whole(unravel(params), x), in_parts, params, x_BND)
     widest = max(
         int(w) for w in re.findall(r"f32\[10,(\d+)\]", str(jax.make_jaxpr(in_parts)(params, x_BND)))
     )
