@@ -12,14 +12,11 @@ A directory has one writer. What reads another run's checkpoints uses `restore_p
 `read_meta`, which write nothing.
 """
 
-import contextlib
 import difflib
 import gc
 import json
 import logging
-import sys
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,16 +30,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from common._orbax import muted
 from common.array_fingerprint import array_fingerprint
-from common.distributed import barrier
+from common.distributed import barrier, exchange
+from common.full_disk import is_full, no_space
 
 FORMAT_VERSION = 1
 T = TypeVar("T")
 
 log = logging.getLogger("triptych")
-logging.getLogger("absl").addFilter(  # orbax tells of every barrier and thread at INFO
-    lambda record: record.levelno >= logging.WARNING or "orbax" not in record.pathname
-)
 
 
 class StructureError(ValueError):
@@ -96,8 +92,18 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        """Raises NoSpaceError if the disk is full, be it in here, in the background, or in what it surrounds."""
+        try:
+            self.close()
+        except Exception as late:
+            if not is_full(error):
+                error = late
+            if not is_full(error):
+                raise
+        if is_full(error):
+            last = max(_listed(self._directory), default=None)
+            raise no_space(self._directory, f"the last good checkpoint is step {last}") from error
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, wait: bool = False) -> None:
         """Saves a pytree of jax arrays; returns when they are on the host, and may be donated.
@@ -213,6 +219,12 @@ def _absolute(directory: str | PathLike) -> epath.Path:
 
 
 def _steps(directory: epath.Path) -> list[int]:
+    """As the first process lists them: caches of shared storage may show another an older or newer folder."""
+    found = _listed(directory) if jax.process_index() == 0 else []
+    return json.loads(exchange("checkpoints", json.dumps(found))[0])
+
+
+def _listed(directory: epath.Path) -> list[int]:
     return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 
 
@@ -345,7 +357,7 @@ def _manifest(arrays: dict[str, jax.Array]) -> dict[str, list]:
 def _together(read: Callable[..., T], *args: Any) -> T:
     """read(*args); DamagedError on every process if it fails on any."""
     problem, result = None, None
-    with _muted():
+    with muted():
         try:
             result = read(*args)
         except Exception as error:
@@ -361,15 +373,3 @@ def _together(read: Callable[..., T], *args: Any) -> T:
     if np.any(multihost_utils.process_allgather(np.int32(failed))):
         raise DamagedError(problem or "another process could not read its part")
     return result  # pyright: ignore[reportReturnType]
-
-
-@contextlib.contextmanager
-def _muted():
-    """A failed load leaves coroutines and tasks that complain on stderr; the caller says why."""
-    asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    asyncio_log.disabled, sys.unraisablehook = True, lambda _: None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        asyncio_log.disabled, sys.unraisablehook = False, hook

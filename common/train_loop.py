@@ -17,6 +17,7 @@ from common.checkpoint import Checkpointer
 from common.config import ConfigError
 from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
+from common.evaluation import EvaluationFailed, run_evals, unrecorded
 from common.host import set_fragments_aside
 from common.mesh import auto_mesh
 from common.metrics import compute
@@ -122,11 +123,13 @@ def train(
       batches: from a start step to an endless iterator of device batches (already sharded).
       open_writer: from the restored step (-1: none) to the writer of rows, which drops rows after that step.
       meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
-      evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes.
+      evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
+        fails leaves "<name>_failed" in the rows; a restart runs those that its first step lacks.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
       Preempted: after SIGTERM; the state is saved.
+      EvaluationFailed: at the end, with the state saved; a restart repeats what failed, and no training.
       ConfigError: the checkpoint was trained on other data.
     """
     ledger = Ledger()
@@ -141,6 +144,8 @@ def train(
         _check_data(workdir, saved_meta, meta)
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
+    evals = evals or {}
+    left = evals if restored is None else unrecorded(evals, workdir, start)  # at the first step
 
     step_fn = jax.jit(
         make_train_step(recipe, spec.accumulate),
@@ -183,36 +188,43 @@ def train(
         if int(state.step) != step:
             _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
 
-    def evaluate(step: int) -> None:
+    def evaluate(step: int) -> str:
+        todo = {name: fn for name, fn in evals.items() if step != start or name in left}
+        if not todo:
+            return ""
         settle(step)
-        results = {}
         with jax.set_mesh(plain):
-            seen = moved_to(plain, state)
-            for name, fn in (evals or {}).items():
-                results |= {f"{name}/{k}": float(v) for k, v in fn(seen)}
-        if results:
-            writer.write(step, results)
+            row, failed = run_evals(todo, moved_to(plain, state), step, workdir)
+        if row:
+            writer.write(step, row)
         ledger.charge("eval")
+        return "; ".join(f"{name!r} at step {step} failed: {why}" for name, why in failed.items())
 
     def save(step: int, wait: bool = False) -> None:
         settle(step)
         checkpointer.save(step, state, {**meta, "seconds": dict(ledger.seconds)}, wait=wait)
         ledger.charge("save")
 
-    due = lambda step, every: every and step % every == 0 and step != start  # noqa: E731
+    def leave_if_told(step: int) -> None:
+        if guard.reached(step):
+            save(step, wait=True)
+            raise Preempted(f"stopped by a signal at step {step}; the state is saved")
+
+    due = lambda step, every: every and step and step % every == 0  # noqa: E731
     mark, marked_step = time.perf_counter(), start
     with contextlib.closing(writer), jax.set_mesh(mesh), PreemptionGuard() as guard:
-        # THE ORDER IS FIXED: eval, save, next batch, dispatch, write the previous step's metrics, hooks. Evals see
-        # the state that is saved; a save comes before the next batch, so that step alone says where the data are.
+        # THE ORDER IS FIXED: save, eval, next batch, dispatch, write the previous step's metrics, hooks. A save comes
+        # before the eval, which then sees what is saved and can lose nothing, and before the next batch, so that step
+        # alone says where the data are.
         for step in range(start, spec.steps):
+            leave_if_told(step)
+            if due(step, spec.save_every) and step != start:
+                save(step)
             if due(step, spec.eval_every):
-                evaluate(step)
+                if failed := evaluate(step):
+                    log.error("evaluation %s; training goes on", failed)
+                leave_if_told(step)
                 mark, marked_step = time.perf_counter(), step
-            stop = guard.reached(step)
-            if stop or due(step, spec.save_every):
-                save(step, wait=stop)
-            if stop:
-                raise Preempted(f"stopped by a signal at step {step}; the state is saved")
             batch = next(data)
             ledger.charge("input")
             if step == start:
@@ -236,8 +248,11 @@ def train(
         if profile:
             profile.close()
         if start < spec.steps:
-            evaluate(spec.steps)
             save(spec.steps, wait=True)
+        if start <= spec.steps and (failed := evaluate(spec.steps)):
+            raise EvaluationFailed(
+                f"evaluation {failed}; the trained state is saved: start the same command again to repeat only this"
+            )
     return moved_to(plain, state), ledger.seconds
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from common.data import (
     train_batches,
 )
 from common.distributed import EXIT_PREEMPTED
+from common.evaluation import EvaluationFailed, describe
+from common.full_disk import is_full
 from common.mesh import auto_mesh, make_mesh
 from common.plots import curves
 from common.results import append_row, make_row
@@ -107,18 +110,25 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     except Preempted as stop:
         log.warning("%s; start the same command again to continue", stop)
         return EXIT_PREEMPTED
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, EvaluationFailed) as error:
         log.error("error: %s", error)
         return 1
     finally:
-        if (workdir / "metrics.jsonl").exists() and jax.process_index() == 0:
-            curves(read_rows(workdir / "metrics.jsonl"), workdir / "curves.png")
+        _draw(workdir)
 
     metrics = _last_eval(workdir)
     if settings.probe.linear:
         log.info("linear probe on frozen features of the target encoder")
         encode = encode_fn(recipe.encoder, state.extra["target"])
-        metrics |= linear_probes(settings, auto_mesh(mesh), encode, source, test_source)
+        try:
+            metrics |= linear_probes(settings, auto_mesh(mesh), encode, source, test_source)
+        except Exception as error:  # any: the training before it must not look lost
+            why = describe(error, "linear probes", workdir)
+            log.error(
+                "error: the linear probes failed: %s; the trained state is saved: start the same command again to "
+                "repeat only them", why,
+            )  # fmt: skip
+            return 1
     if jax.process_index() == 0:
         row = make_row(
             job="jepa_pretrain",
@@ -187,6 +197,19 @@ def _last_eval(workdir: Path) -> dict[str, float]:
         if rows
         else {}
     )
+
+
+def _draw(workdir: Path) -> None:
+    """curves.png. Never raises: it is drawn on the way out of failures too, which it must not hide."""
+    rows = workdir / "metrics.jsonl"
+    if jax.process_index() != 0 or not rows.exists():
+        return
+    leaving_with = sys.exc_info()[1]
+    try:
+        curves(read_rows(rows), workdir / "curves.png")
+    except Exception as error:
+        if not (is_full(leaving_with) and is_full(error)):  # once is enough
+            log.warning("%s is not drawn: %s", workdir / "curves.png", error)
 
 
 def _write_json(path: Path, value: Any) -> None:

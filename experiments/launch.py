@@ -5,7 +5,8 @@
   python -m experiments.launch --config=... --workdir=... --config.optim.lr=3e-4 --config.train.steps=1000
 
 The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop). Started again in
-the same workdir, a run continues exactly where its last checkpoint stands. Exit codes: 0 done, 1 failed, 2 a setting or
+the same workdir, a run continues exactly where its last checkpoint stands. A workdir serves one run at a time. Exit codes:
+0 done, 1 failed (also a full disk, or a final evaluation that failed: the same command does what is left), 2 a setting or
 input is wrong, 75 stopped by a signal with its state saved (start it again).
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
@@ -15,7 +16,6 @@ On a pod start the same command on every host; on a cluster without auto-detecti
 import logging
 import os
 import sys
-from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
     logging.getLogger("triptych").setLevel(logging.INFO)
 
     # After the flags: a typo should not wait for every library a job needs.
+    from common.full_disk import NoSpaceError
+    from common.workdir import hold
     from experiments.jobs import KNOWN_ERRORS, find
 
     try:
@@ -61,9 +63,10 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         return _fail(error)
     try:
-        return job(config, Path(_WORKDIR.value))
+        with hold(_WORKDIR.value) as workdir:
+            return job(config, workdir)
     except KNOWN_ERRORS as error:
-        return _fail(error)
+        return _fail(error, 1 if isinstance(error, NoSpaceError) else 2)
 
 
 def _plain(error: BaseException) -> str:
@@ -82,9 +85,9 @@ def _plain(error: BaseException) -> str:
     return str(error)
 
 
-def _fail(error: object) -> int:
+def _fail(error: object, code: int = 2) -> int:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

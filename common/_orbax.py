@@ -1,0 +1,40 @@
+"""What keeps orbax and tensorstore quiet; common/checkpoint.py says in one line what they have to say."""
+
+import contextlib
+import logging
+import sys
+import warnings
+
+from common.full_disk import is_full
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Orbax tells of every barrier and thread at INFO, and of a full disk in a traceback from each of its threads."""
+    full = record.exc_info is not None and is_full(record.exc_info[1])
+    return "orbax" not in record.pathname or (record.levelno >= logging.WARNING and not full)
+
+
+logging.getLogger("absl").addFilter(_is_for_users)
+
+_hook = sys.unraisablehook
+
+
+def _unless_orbax_gave_up(unraisable: "sys.UnraisableHookArgs") -> None:
+    """The writes of a save that failed end in tensorstore's threads, which find their event loop closed."""
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        _hook(unraisable)
+
+
+sys.unraisablehook = _unless_orbax_gave_up
+
+
+@contextlib.contextmanager
+def muted():
+    """A failed load leaves coroutines and tasks that complain on stderr; the caller says why."""
+    asyncio_log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    asyncio_log.disabled, sys.unraisablehook = True, lambda _: None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        asyncio_log.disabled, sys.unraisablehook = False, hook

@@ -1,0 +1,43 @@
+"""A full disk: how to tell it from other failures, and the one line that a user gets."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_WORDS = tuple(os.strerror(number) for number in FULL)
+
+
+class NoSpaceError(OSError):
+    """There was no space left to write to. The message says where, and what to do."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk, or a used up quota, is what led to `error`.
+
+    Libraries in C++ raise errors of other kinds, with the system's words in their text.
+    """
+    return any(
+        (isinstance(e, OSError) and e.errno in FULL) or any(words in str(e) for words in _WORDS)
+        for e in _chain(error, set())
+    )
+
+
+def no_space(where: str | os.PathLike[str], so_far: str = "") -> NoSpaceError:
+    """The error for the folder `where`; `so_far` says what of the run is safe."""
+    after = f"; {so_far}" if so_far else ""
+    return NoSpaceError(
+        f"no space left on {Path(where)}: free some and start the same command again{after}"
+    )
+
+
+def _chain(error: BaseException | None, seen: set[int]) -> Iterator[BaseException]:
+    """An error, those in its group, and those that led to it."""
+    if error is None or id(error) in seen:
+        return
+    seen.add(id(error))
+    yield error
+    inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    for other in (*inner, error.__cause__, error.__context__):
+        yield from _chain(other, seen)
