@@ -101,10 +101,14 @@ class JsonlWriter:
 
     def _replace(self, lines: Sequence[str]) -> None:
         new = self.path.with_name(self.path.name + ".new")
-        with open(new, "w") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(new, "w") as file:
+                file.writelines(line + "\n" for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:  # a full disk, of which it should take nothing
+            new.unlink(missing_ok=True)
+            raise
         os.replace(new, self.path)
 
 

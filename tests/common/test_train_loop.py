@@ -14,6 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from common.checkpoint import Checkpointer
+from common.evaluation import EvaluationFailed
 from common.mesh import MeshSpec, make_mesh
 from common.metrics import mean
 from common.sharding import batch_sharding
@@ -236,7 +237,7 @@ class Notes:
         self.events.append(("close", None))
 
 
-def test_the_order_is_eval_save_batch_and_the_row_of_the_step_before(tmp_path):
+def test_the_order_is_save_eval_batch_and_the_row_of_the_step_before(tmp_path):
     events = []
     note = lambda what: lambda step: events.append((what, step))  # noqa: E731
 
@@ -259,11 +260,84 @@ def test_the_order_is_eval_save_batch_and_the_row_of_the_step_before(tmp_path):
     assert events == [
         ("batch", 0),
         ("batch", 1), ("row", 1),
-        ("row", 2), ("eval", 2), ("eval row", 2), ("save", 2), ("batch", 2),
+        ("row", 2), ("save", 2), ("eval", 2), ("eval row", 2), ("batch", 2),
         ("batch", 3), ("row", 3),
-        ("row", 4), ("eval", 4), ("eval row", 4), ("save", 4), ("batch", 4),
-        ("row", 5), ("eval", 5), ("eval row", 5), ("save", 5), ("close", None),
+        ("row", 4), ("save", 4), ("eval", 4), ("eval row", 4), ("batch", 4),
+        ("row", 5), ("save", 5), ("eval", 5), ("eval row", 5), ("close", None),
     ]  # fmt: skip
+
+
+def failing_at(*steps, error=ValueError("k=20 must lie in 1..12\nand more")):
+    """`averaged`, but for these steps; counts its calls in `.seen`."""
+
+    def evaluate(state):
+        evaluate.seen.append(int(state.step))
+        if int(state.step) in steps:
+            raise error
+        yield from averaged(state)
+
+    evaluate.seen = []
+    return evaluate
+
+
+def test_an_evaluation_that_fails_is_told_in_a_line_and_training_goes_on(tmp_path, caplog):
+    want = run(tmp_path / "whole", 6, eval_every=2, save_every=2)
+    evals = {"eval": failing_at(2), "other": averaged}
+    got = run(tmp_path, 6, evals=evals, eval_every=2, save_every=2)
+    assert_same_bits(got, want)
+    assert [row for row in rows(tmp_path) if row["step"] == 2][-1].keys() == {
+        "step", "eval_failed", "other/average",
+    }  # fmt: skip
+    assert [row["step"] for row in rows(tmp_path) if "eval/average" in row] == [4, 6]
+    (line,) = [r.getMessage() for r in caplog.records if "failed" in r.getMessage()]
+    assert "\n" not in line and "'eval' at step 2" in line and "k=20 must lie in 1..12" in line
+    assert "training goes on" in line
+    assert "raise error" in (tmp_path / "evaluation_errors.txt").read_text(), "the traceback"
+
+
+def test_a_final_evaluation_that_fails_loses_nothing_and_is_all_that_a_restart_does(tmp_path):
+    want = run(tmp_path / "whole", 5)
+    evals = {"eval": failing_at(5), "other": averaged}
+    with pytest.raises(EvaluationFailed, match=r"'eval' at step 5 .*k=20 must.*same command") as e:
+        run(tmp_path, 5, evals=evals, save_every=0)
+    assert "\n" not in str(e.value)
+    assert_same_bits(saved(tmp_path), want)
+    assert rows(tmp_path)[-1].keys() == {"step", "eval_failed", "other/average"}
+
+    no_batch = lambda start: batches(start, before=crash_at(start))  # noqa: E731
+    with pytest.raises(EvaluationFailed):  # it is tried again, and may fail again
+        run(tmp_path, 5, evals=evals, data=no_batch)
+    mended = {"eval": failing_at(), "other": failing_at(5)}
+    assert_same_bits(run(tmp_path, 5, evals=mended, data=no_batch), want)
+    assert rows(tmp_path)[-1] == rows(tmp_path / "whole")[-1]
+    for _ in range(2):
+        run(tmp_path, 5, evals=mended, data=no_batch)
+    assert (mended["eval"].seen, mended["other"].seen) == ([5], []), "what is done is not repeated"
+
+
+@pytest.mark.parametrize(("every", "step"), [(0, 6), (3, 3)], ids=["at the end", "on the way"])
+def test_a_run_that_dies_in_an_evaluation_begins_with_it_again(tmp_path, every, step):
+    spec = {"log_every": 1, "eval_every": every, "save_every": every}
+    run(tmp_path / "whole", 6, **spec)
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, 6, evals={"eval": failing_at(step, error=KeyboardInterrupt())}, **spec)
+    assert int(saved(broken).step) == step, "saved before it is evaluated"
+    run(broken, 6, **spec)
+    assert rows(broken) == rows(tmp_path / "whole")
+
+
+def test_a_signal_where_an_evaluation_is_due_saves_and_leaves_at_once(tmp_path):
+    never = failing_at()
+    run(tmp_path / "whole", 6, eval_every=3)
+    with pytest.raises(Preempted, match="step 3"):
+        run(
+            tmp_path, 6, data=lambda s: batches(s, before=signal_at(2)), evals={"eval": never},
+            eval_every=3,
+        )  # fmt: skip
+    assert never.seen == []
+    run(tmp_path, 6, eval_every=3)
+    assert rows(tmp_path) == rows(tmp_path / "whole"), "and the next start evaluates it"
 
 
 def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals(tmp_path):
