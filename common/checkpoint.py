@@ -16,7 +16,6 @@ import difflib
 import gc
 import json
 import logging
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -103,11 +102,6 @@ class Checkpointer:
             if not is_full(error):
                 raise
         if is_full(error):
-            halves = (
-                self._directory.glob("*.orbax-checkpoint-tmp") if not jax.process_index() else ()
-            )
-            for half in halves:  # it would be in the way of what is written next
-                shutil.rmtree(half, ignore_errors=True)
             last = max(_listed(self._directory), default="none")
             raise no_space(self._directory, f"the last good checkpoint is step {last}") from error
 

@@ -21,6 +21,7 @@ from common.checkpoint import (
     read_meta,
     restore_params,
 )
+from common.full_disk import NoSpaceError
 
 
 @jax.tree_util.register_dataclass
@@ -278,6 +279,40 @@ def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(tmp_p
         monkeypatch.undo()
         assert checkpointer.steps() == [1]
         checkpointer.save(2, make_state(2), {})
+    assert_same(restore(tmp_path)[0], make_state(2))
+
+
+TENSORSTORE = "RESOURCE_EXHAUSTED: Failed to write 9 bytes to file 3: No space left on device [os_error_code='28']"
+
+
+def in_the_background(saver, monkeypatch):
+    async def full(*_):
+        await asyncio.sleep(0.5)  # as above
+        raise ValueError(TENSORSTORE)
+
+    monkeypatch.setattr(f"{JSON_HANDLER}._background_save", lambda *_, **__: full())
+    saver.save(2, make_state(2), {})
+
+
+def in_what_it_surrounds(saver, monkeypatch):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", [in_the_background, in_what_it_surrounds])
+def test_a_full_disk_is_one_line_that_names_the_last_good_step(
+    tmp_path, monkeypatch, caplog, where
+):
+    with pytest.raises(NoSpaceError) as caught, Checkpointer(tmp_path) as saver:
+        saver.save(1, make_state(1), {}, wait=True)
+        where(saver, monkeypatch)
+    assert str(caught.value) == (
+        f"no space left on {tmp_path}: free some and start the same command again; the last good checkpoint is step 1"
+    )
+    assert caplog.text == "", "no tracebacks from orbax's threads"
+    monkeypatch.undo()
+    with Checkpointer(tmp_path) as saver:
+        saver.restore(abstract(make_state()))
+        saver.save(2, make_state(2), {})
     assert_same(restore(tmp_path)[0], make_state(2))
 
 

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from common.checkpoint import Checkpointer
 from common.evaluation import EvaluationFailed
+from common.full_disk import NoSpaceError
 from common.mesh import MeshSpec, make_mesh
 from common.metrics import mean
 from common.sharding import batch_sharding
@@ -338,6 +339,22 @@ def test_a_signal_where_an_evaluation_is_due_saves_and_leaves_at_once(tmp_path):
     assert never.seen == []
     run(tmp_path, 6, eval_every=3)
     assert rows(tmp_path) == rows(tmp_path / "whole"), "and the next start evaluates it"
+
+
+def test_a_disk_that_is_full_when_a_row_is_written_costs_what_was_not_saved(tmp_path, monkeypatch):
+    def write(writer, step, scalars):
+        if step == 5:
+            raise OSError(28, "No space left on device")
+        whole(writer, step, scalars)
+
+    every = {"log_every": 1, "save_every": 2}
+    run(tmp_path / "whole", 6, **every)
+    whole = JsonlWriter.write
+    with monkeypatch.context() as patch, pytest.raises(NoSpaceError, match="checkpoint is step 4"):
+        patch.setattr(JsonlWriter, "write", write)
+        run(tmp_path, 6, **every)
+    run(tmp_path, 6, **every)
+    assert rows(tmp_path) == rows(tmp_path / "whole")
 
 
 def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals(tmp_path):

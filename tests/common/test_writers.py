@@ -56,6 +56,19 @@ def test_rows_come_back_as_written_with_the_time(tmp_path):
     writer.close()
 
 
+def test_a_full_disk_costs_no_rows_and_leaves_nothing(tmp_path, monkeypatch):
+    train(tmp_path / "metrics.jsonl", range(4))
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", full)
+        JsonlWriter(tmp_path / "metrics.jsonl").resume_from(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert len(curve(tmp_path / "metrics.jsonl")) == 4
+
+
 def test_non_finite_numbers_are_strict_json_and_come_back_as_floats(tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     writer.write(0, {"a": math.nan, "b": math.inf, "c": -math.inf})
