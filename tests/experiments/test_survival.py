@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,9 +34,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """Starts a run in a workdir. All runs share their compiled programs."""
-    environment = {
+def environment(tmp_path_factory):
+    """All runs share their compiled programs."""
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",  # and one device
@@ -44,6 +45,11 @@ def launch(tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+@pytest.fixture(scope="module")
+def launch(environment):
+    """Starts a run in a workdir."""
 
     @contextlib.contextmanager
     def launch(workdir):
@@ -75,10 +81,11 @@ def finish(launch, workdir) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(launch, tmp_path_factory):
-    """Rows and final result of a run that was left alone."""
+    """Rows, final result, and bytes of a checkpoint, of a run that was left alone."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     finish(launch, workdir)
-    return rows(workdir), metrics(workdir)
+    blocks = [p.stat().st_blocks for p in (workdir / "checkpoints" / str(STEPS)).rglob("*")]
+    return rows(workdir), metrics(workdir), 512 * sum(blocks)
 
 
 def rows(workdir):
@@ -158,3 +165,44 @@ def test_sigterm_saves_at_once_and_damage_costs_one_interval(launch, undisturbed
     assert f"falling back to step {older}" in text and f"continuing from step {older}\n" in text
     assert rows(workdir) == undisturbed[0]
     assert metrics(workdir) == undisturbed[1]
+
+
+# What the user of a small disk sees: a run, and the same command once there is more space.
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$SMALL tmpfs "$DISK" || exit 77
+"$@"; echo $? > "$OUT/first.code"
+cp "$DISK/run/metrics.jsonl" "$OUT/first.jsonl"
+mount -o remount,size=1g "$DISK"
+"$@" 2> "$OUT/again.err"; echo $? > "$OUT/again.code"
+cp -r "$DISK/run" "$OUT/run"
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts a small disk with unshare")
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(environment, undisturbed, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    checkpoint = undisturbed[2] // 1024
+    ran = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", *COMMAND, f"--workdir={disk}/run"],
+        cwd=ROOT,
+        env=environment | {
+            "DISK": str(disk), "OUT": str(tmp_path), "SMALL": f"{int(2.5 * checkpoint) + 50}k",
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )  # fmt: skip
+    if not (tmp_path / "first.code").exists():
+        pytest.skip(f"no file system of one's own here: {ran.stderr}")
+    assert (tmp_path / "first.code").read_text() == "1\n"
+    _, error = ran.stderr.splitlines()  # the first says what is trained
+    assert error == (
+        f"error: no space left on {disk}/run/checkpoints: free some and start the same command again; "
+        f"the last good checkpoint is step {2 * SAVE_EVERY}"
+    )
+    again = (tmp_path / "again.err").read_text()
+    assert (tmp_path / "again.code").read_text() == "0\n", again
+    assert f"continuing from step {2 * SAVE_EVERY}\n" in again and "damaged" not in again
+    assert rows(tmp_path / "run") == undisturbed[0]
+    assert metrics(tmp_path / "run") == undisturbed[1]
