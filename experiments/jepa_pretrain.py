@@ -30,7 +30,7 @@ from common.distributed import EXIT_PREEMPTED
 from common.mesh import auto_mesh, make_mesh
 from common.plots import curves
 from common.results import append_row, make_row
-from common.sharding import batch_sharding
+from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
 from common.writers import make_writer, read_rows
@@ -54,8 +54,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             spec.batch,
             spec.seed,
             workers=settings.data.workers,
-            process=jax.process_index(),
-            num_processes=jax.process_count(),
+            held=rows_held(batch_sharding(mesh), spec.batch),
         )
         keep = CheckpointSpec(settings.checkpoint.keep)
         add_masks = AddMasks(recipe.masks, spec.seed)
@@ -73,7 +72,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             batch_transform=add_masks,
             start_step=start,
         )
-        return prefetch_to_device(host, batch_sharding(mesh))
+        return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
 
     def open_writer(restored_step: int):
         _write_json(
