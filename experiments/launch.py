@@ -9,7 +9,7 @@ the same workdir, a run continues exactly where its last checkpoint stands. Exit
 input is wrong, 75 stopped by a signal with its state saved (start it again).
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
---process_id.
+--process_id. Processes that differ in settings, code, library versions or data stop with exit code 2 before the first step.
 """
 
 import logging
@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -53,16 +54,21 @@ def main(argv: list[str]) -> int:
     logging.getLogger("triptych").setLevel(logging.INFO)
 
     # After the flags: a typo should not wait for every library a job needs.
-    from experiments.jobs import KNOWN_ERRORS, find
+    from experiments.facts import run_facts
+    from experiments.jobs import KNOWN_ERRORS, check_processes, find
 
     try:
         job = find(config["job"])
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        if jax.process_count() > 1:
+            distributed.require_same(run_facts(config))
+        check_processes(config["job"], jax.process_count())
     except ValueError as error:
         return _fail(error)
     try:
         return job(config, Path(_WORKDIR.value))
     except KNOWN_ERRORS as error:
+        distributed.report_failure(str(error))
         return _fail(error)
 
 

@@ -88,7 +88,8 @@ def _global(array: np.ndarray, sharding: Sharding, batch: int | None) -> jax.Arr
         return jax.device_put(array, sharding)
     before = np.cumsum([0, *(stop - start for start, stop in held)])
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         start, stop, _ = index[0].indices(batch)
         at = next(n + start - a for n, (a, b) in zip(before, held) if a <= start < b)
         return array[(slice(at, at + stop - start), *index[1:])]
