@@ -130,7 +130,7 @@ def rows_held(sharding: Sharding, batch: int) -> Rows:
     """
     indices = sharding.addressable_devices_indices_map((batch,)).values()
     rows: list[tuple[int, int]] = []
-    for start, stop in sorted({index[0].indices(batch)[:2] for index in indices}):
+    for start, stop in sorted({index[0].indices(batch)[:2] for index in indices if index}):
         if rows and rows[-1][1] == start:
             start = rows.pop()[0]
         rows.append((start, stop))
