@@ -70,6 +70,9 @@ def main(argv: list[str]) -> int:
     except KNOWN_ERRORS as error:
         distributed.report_failure(str(error))
         return _fail(error)
+    except Exception as error:
+        distributed.report_failure(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _plain(error: BaseException) -> str:
