@@ -1,17 +1,20 @@
 """Starting many processes as one, and stopping them together.
 
-`initialize` joins the processes of a TPU pod, a SLURM step or explicit flags. `PreemptionGuard`
-turns a scheduler's SIGTERM into one step at which all processes save and exit `EXIT_PREEMPTED`.
+`initialize` joins the processes of a TPU pod, a SLURM step or explicit flags. `require_same` refuses
+processes that would not compute the same. `PreemptionGuard` turns a scheduler's SIGTERM into one step
+at which all processes save and exit `EXIT_PREEMPTED`.
 """
 
+import contextlib
 import ctypes
 import itertools
+import json
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -152,6 +155,94 @@ def exchange(name: str, text: str, seconds: float = 600.0) -> list[str]:
 
 
 _last_exchange = ""
+
+
+class ProcessesDiffer(ValueError):
+    """The processes of one run do not agree; the message says on what, the same on every process."""
+
+
+def require_same(facts: Mapping[str, str], seconds: float = 600.0) -> None:
+    """Returns if `facts`, by name, are equal on every process. Call on all of them, in the same order.
+
+    Through jax's coordination service, which touches no device: processes that differ may not have the same programs.
+
+    Raises:
+      ProcessesDiffer: on all processes. Some fact differs, or a process has called `report_failure` instead, or has not
+        come within `seconds`.
+    """
+    if jax.process_count() > 1:
+        _agree({"facts": dict(facts)}, seconds)
+
+
+def report_failure(message: str) -> None:
+    """Tells those that wait, or will wait, in `require_same` that this process does not come, and why."""
+    if jax.process_count() > 1:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone already
+            _agree({"failure": message}, None)
+
+
+def _agree(told: dict[str, Any], seconds: float | None) -> None:
+    """Process 0 reads what every process tells, and all read what it finds; for `seconds` None, not to wait for that."""
+    from jax._src.distributed import (
+        global_state,
+    )  # nothing public reaches the service's table of keys
+
+    client, name = global_state.client, f"triptych/same/{next(_agreements)}"
+    assert client is not None
+    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(told))
+    if jax.process_index() == 0:
+        found = f"process 0 stopped: {told['failure']}" if "failure" in told else ""
+        client.key_value_set(f"{name}/found", found or _compare(client, name, seconds or 0))
+    if seconds is None:
+        return
+    try:
+        found = client.blocking_key_value_get(f"{name}/found", round(2000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise ProcessesDiffer(f"process 0 has not answered in {2 * seconds:.0f} s") from error
+    if found != _SAME:
+        raise ProcessesDiffer(found)
+
+
+_agreements = itertools.count()  # a key of jax's service serves once
+_SAME = "the same"
+
+
+def _compare(client: Any, name: str, seconds: float) -> str:
+    """What differs between the processes, as one line, or `_SAME`."""
+    until, facts = time.monotonic() + seconds, []
+    for process in range(jax.process_count()):
+        left = max(1, round(1000 * (until - time.monotonic())))
+        try:
+            told = json.loads(client.blocking_key_value_get(f"{name}/{process}", left))
+        except jax.errors.JaxRuntimeError:
+            return f"process {process} has not come within {seconds:.0f} s to be compared with the others"
+        if "failure" in told:
+            return f"process {process} stopped: {told['failure']}"
+        facts.append(told["facts"])
+    return differences(facts) or _SAME
+
+
+def differences(facts: Sequence[Mapping[str, str]], most: int = 4) -> str:
+    """One line that names what differs between processes, `facts[i]` being those of process i; "" if nothing does."""
+    names = [
+        n for n in dict.fromkeys(itertools.chain(*facts)) if len({f.get(n) for f in facts}) > 1
+    ]
+    if not names:
+        return ""
+    shown = []
+    for name in names[:most]:
+        where: dict[str, list[str]] = {}
+        for process, known in enumerate(facts):
+            where.setdefault(known.get(name, "(absent)"), []).append(str(process))
+        shown.append(
+            f"{name} is "
+            + ", ".join(
+                f"{value} on process{'es' if len(on) > 1 else ''} {', '.join(on[:most])}{' ...' * (len(on) > most)}"
+                for value, on in itertools.islice(where.items(), most)
+            )
+        )
+    more = f"; and {len(names) - most} more" if len(names) > most else ""
+    return f"the processes of this run differ: {'; '.join(shown)}{more}"
 
 
 class PreemptionGuard:

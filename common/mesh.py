@@ -1,10 +1,11 @@
-"""The device mesh: (replica, fsdp, tensor) on one slice or several."""
+"""The device mesh: (replica, fsdp, tensor) on one TPU slice or several, on one node with GPUs or several."""
 
 import math
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("replica", "fsdp", "tensor")
@@ -16,7 +17,7 @@ class MeshSpec:
     """Sizes of the mesh axes.
 
     Attributes:
-      replica: copies of the parameters (plain data parallelism; between slices the slow network).
+      replica: copies of the parameters (plain data parallelism; between TPU slices, or GPU nodes, the slow network).
       fsdp: ways that parameters, moments and batch are split; -1 takes what the other axes leave.
       tensor: ways that heads and hidden layers are split.
       mode: "auto", or "explicit": then shardings are part of the types of parameters, gradients, optimizer state and
@@ -63,26 +64,50 @@ class MeshSpec:
 def make_mesh(spec: MeshSpec, devices=None) -> Mesh:
     """A mesh over `devices` (default: all), its axes in the spec's mode.
 
-    On a multi-slice pod the replica axis runs between slices, where the network is slowest.
+    The network is slowest between TPU slices, and there only the replica axis runs. Between nodes with GPUs runs first
+    the replica axis, then fsdp, then tensor.
+
+    Raises:
+      ValueError: the sizes do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = spec.sizes(len(devices))
-    types = (MODES[spec.mode],) * len(AXES)
-    slices = {getattr(d, "slice_index", 0) for d in devices}
-    if len(slices) > 1:
-        from jax.experimental import mesh_utils
-
-        if sizes[0] % len(slices):
-            raise ValueError(
-                f"mesh {spec.describe()}: replica must be a multiple of the {len(slices)} slices"
-            )
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (sizes[0] // len(slices), *sizes[1:]), (len(slices), 1, 1), devices
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if devices[0].platform != "tpu":
+        grid = _in_order(devices, sizes)
+    elif sizes[0] % slices:
+        raise ValueError(
+            f"mesh {spec.describe()}: replica must be a multiple of the {slices} slices of the TPU"
         )
-        return Mesh(grid, AXES, axis_types=types)
-    if len(devices) == 1:
-        return Mesh(np.array(devices).reshape(1, 1, 1), AXES, axis_types=types)
-    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    else:
+        try:
+            grid = _on_tpu(devices, sizes, slices)
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            chips = f"{len(devices)} chips of kind {devices[0].device_kind!r}"
+            raise ValueError(
+                f"mesh {spec.describe()} does not fit these {chips}: {' '.join(str(error).split())}. Choose other "
+                "sizes of the axes (config.mesh)"
+            ) from error
+    return Mesh(grid, AXES, axis_types=(MODES[spec.mode],) * len(AXES))
+
+
+def _in_order(devices: list, sizes: tuple[int, int, int]) -> np.ndarray:
+    """Devices node by node (jax numbers nodes with GPUs by `slice_index`), the last axis within a node if it fits."""
+    if devices[0].platform == "gpu":
+        devices = sorted(
+            devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id)
+        )
+    return np.array(devices).reshape(sizes)
+
+
+def _on_tpu(devices: list, sizes: tuple[int, int, int], slices: int) -> np.ndarray:
+    """Devices such that neighbours along an axis are neighbours in the torus; an axis of ours may take a part of one of
+    the torus, without which most meshes would have no place."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:

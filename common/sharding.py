@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, str | tuple[str, ...] | None]
+Rows = tuple[tuple[int, int], ...]
 
 # Parameters: FSDP over the width, tensor parallelism over heads and hidden layers. With mesh sizes of 1 the same
 # rules are plain data parallelism.
@@ -116,6 +118,40 @@ def moved_to(mesh: Mesh, tree: Any) -> Any:
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts a batch's leading axis is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def rows_held(sharding: Sharding, batch: int) -> Rows:
+    """The rows of a global batch that this process's devices hold: parts (start, stop) in order, neighbours joined.
+
+    Where an axis of the mesh that does not split the batch, such as tensor, spans processes, those hold the same rows.
+
+    Raises:
+      ValueError: `batch` rows do not divide over the sharding, or none of its devices is this process's.
+    """
+    indices = sharding.addressable_devices_indices_map((batch,)).values()
+    rows: list[tuple[int, int]] = []
+    for start, stop in sorted({index[0].indices(batch)[:2] for index in indices if index}):
+        if rows and rows[-1][1] == start:
+            start = rows.pop()[0]
+        rows.append((start, stop))
+    if not rows:
+        raise ValueError(
+            f"process {jax.process_index()} has no device in the mesh, so it has no rows of the batch to read: give "
+            "the mesh all devices"
+        )
+    return tuple(rows)
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of `tree` as whole numpy arrays on every process, however they are split over the mesh.
+
+    Call on all processes at once: what one does not hold comes from the others.
+    """
+
+    if all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)):
+        return jax.tree.map(np.asarray, tree)
+    everywhere = jax.tree.map(lambda x: replicated(x.sharding.mesh), tree)
+    return jax.tree.map(np.asarray, jax.jit(lambda tree: tree, out_shardings=everywhere)(tree))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

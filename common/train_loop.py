@@ -24,7 +24,7 @@ from common.metrics import compute
 from common.nn.cpu import compiler_options
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
-from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, replicated
+from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, path_name, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
 from common.train_step import diagnose, make_train_step
 from common.writers import Writer
@@ -105,6 +105,15 @@ def _check_data(workdir: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
         raise ConfigError(f"{workdir}: {error}") from error
 
 
+def _check_rows(batch: Any, rows: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if leaf.shape[:1] != (rows,):
+            raise ValueError(
+                f"batch[{path_name(path)!r}] has the shape {leaf.shape}, but train.batch={rows}: `batches` must give "
+                "the whole global batch (common.data.prefetch_to_device joins it from every process's rows)"
+            )
+
+
 def train(
     recipe: Recipe,
     spec: TrainSpec,
@@ -120,7 +129,7 @@ def train(
     """Trains to `spec.steps` and returns (final state, ledger seconds).
 
     Args:
-      batches: from a start step to an endless iterator of device batches (already sharded).
+      batches: from a start step to an endless iterator of device batches (already sharded), pytrees of `spec.batch` rows.
       open_writer: from the restored step (-1: none) to the writer of rows, which drops rows after that step.
       meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
@@ -131,6 +140,7 @@ def train(
       Preempted: after SIGTERM; the state is saved.
       EvaluationFailed: at the end, with the state saved; a restart repeats what failed, and no training.
       ConfigError: the checkpoint was trained on other data.
+      ValueError: a batch has not `spec.batch` rows.
     """
     ledger = Ledger()
     plain = auto_mesh(mesh)
@@ -226,6 +236,7 @@ def train(
                 leave_if_told(step)
                 mark, marked_step = time.perf_counter(), step
             batch = next(data)
+            _check_rows(batch, spec.batch)
             ledger.charge("input")
             if step == start:
                 step_fn = step_fn.lower(state, batch, jnp.int32(step)).compile()

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from common.augment import normalize
 from common.data import Source, eval_batches, prefetch_to_device
 from common.recipe import EvalFn
-from common.sharding import batch_sharding, batch_ways
+from common.sharding import batch_sharding, batch_ways, rows_held
 from experiments.jepa_settings import Settings
 from jepa import monitors
 from jepa.encoder import Encoder
@@ -52,7 +52,7 @@ def features(
 ) -> Features:
     """Pooled features of the first `n` images (0: all), centre-cropped and not augmented.
 
-    Batches are spread over the mesh and, with several processes, read in equal parts. `what` names the progress bar;
+    Batches are spread over the mesh, and each process reads the rows that its devices hold. `what` names the progress bar;
     without it there is none.
     """
     total = min(n, len(source)) if n else len(source)
@@ -62,13 +62,12 @@ def features(
         _First(source, total),
         batch,
         transform=settings.evaluation_crop,
-        process=jax.process_index(),
-        num_processes=jax.process_count(),
+        held=rows_held(batch_sharding(mesh), batch),
     )
     gather = functools.partial(multihost_utils.process_allgather, tiled=True)
     with (
         jax.set_mesh(mesh),
-        prefetch_to_device(host, batch_sharding(mesh)) as batches,
+        prefetch_to_device(host, batch_sharding(mesh), batch=batch) as batches,
         Progress(disable=not what, transient=True) as bar,
     ):
         task = bar.add_task(what, total=-(-total // batch))

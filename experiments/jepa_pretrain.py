@@ -27,16 +27,17 @@ from common.data import (
     prefetch_to_device,
     train_batches,
 )
-from common.distributed import EXIT_PREEMPTED
+from common.distributed import EXIT_PREEMPTED, require_same
 from common.evaluation import EvaluationFailed, describe
 from common.full_disk import is_full
 from common.mesh import auto_mesh, make_mesh
 from common.plots import curves
 from common.results import append_row, make_row
-from common.sharding import batch_sharding
+from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
 from common.writers import make_writer, read_rows
+from experiments.facts import data_facts
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
 from experiments.jepa_settings import Settings, resolve
 from jepa.recipe import AddMasks
@@ -57,12 +58,12 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             spec.batch,
             spec.seed,
             workers=settings.data.workers,
-            process=jax.process_index(),
-            num_processes=jax.process_count(),
+            held=rows_held(batch_sharding(mesh), spec.batch),
         )
         keep = CheckpointSpec(settings.checkpoint.keep)
         add_masks = AddMasks(recipe.masks, spec.seed)
         data_print = fingerprint(source, loader, settings.augmentation, add_masks)
+        require_same(data_facts(training=data_print, test=fingerprint(test_source, loader)))
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     workdir.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             batch_transform=add_masks,
             start_step=start,
         )
-        return prefetch_to_device(host, batch_sharding(mesh))
+        return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
 
     def open_writer(restored_step: int):
         _write_json(

@@ -24,6 +24,9 @@ JOBS = {
     "sinks_qa_stream": "experiments.sinks_tasks:run_qa_stream",
 }
 
+# Those that several processes can run as one; each process of another would do all of the work, and write its own rows.
+SEVERAL_PROCESSES = frozenset({"jepa_pretrain", "sinks_pretrain"})
+
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError, WorkdirError, NoSpaceError)
 
@@ -33,3 +36,12 @@ def find(name: str) -> Callable[[dict[str, Any], Path], int]:
     if name not in JOBS:
         raise ConfigError(f"config.job={name!r} is unknown; known jobs: {', '.join(JOBS)}")
     return pkgutil.resolve_name(JOBS[name])
+
+
+def check_processes(name: str, processes: int) -> None:
+    """Raises ConfigError unless the job of this name can run as so many processes."""
+    if processes > 1 and name not in SEVERAL_PROCESSES:
+        raise ConfigError(
+            f"config.job={name!r} runs as one process, but this run has {processes}: start it once, on one host, without "
+            f"--num_processes (several processes: {', '.join(sorted(SEVERAL_PROCESSES))})"
+        )

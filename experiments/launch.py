@@ -10,13 +10,14 @@ the same workdir, a run continues exactly where its last checkpoint stands. A wo
 input is wrong, 75 stopped by a signal with its state saved (start it again).
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
---process_id.
+--process_id. Processes that differ in settings, code, library versions or data stop with exit code 2 before the first step.
 """
 
 import logging
 import os
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -55,18 +56,26 @@ def main(argv: list[str]) -> int:
     # After the flags: a typo should not wait for every library a job needs.
     from common.full_disk import NoSpaceError
     from common.workdir import hold
-    from experiments.jobs import KNOWN_ERRORS, find
+    from experiments.facts import run_facts
+    from experiments.jobs import KNOWN_ERRORS, check_processes, find
 
     try:
         job = find(config["job"])
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        if jax.process_count() > 1:
+            distributed.require_same(run_facts(config))
+        check_processes(config["job"], jax.process_count())
     except ValueError as error:
         return _fail(error)
     try:
         with hold(_WORKDIR.value) as workdir:
             return job(config, workdir)
     except KNOWN_ERRORS as error:
+        distributed.report_failure(str(error))
         return _fail(error, 1 if isinstance(error, NoSpaceError) else 2)
+    except Exception as error:
+        distributed.report_failure(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _plain(error: BaseException) -> str:

@@ -31,6 +31,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 RELEASED = ("in1k_vith14", "in1k_vith16_448", "in22k_vith14", "in22k_vitg16")
 TABLE = Path(__file__).parent / "results" / "preflight.json"
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # per chip, as Google documents them
+# A v4 chip's two cores are one device, as on a real pod; libtpu's default for this topology alone is a device each.
+CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}  # fmt: skip
 
@@ -72,7 +74,6 @@ def check(config: dict[str, Any], topology: str) -> Report:
     """
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from common.config import ConfigError
     from common.flops import PEAK_FLOPS, traced_flops
@@ -82,20 +83,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
     from common.train_step import make_train_step
     from experiments.jepa_settings import resolve
 
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "preflight compiles with libtpu, which is not installed: pip install '.[tpu]'"
-        )
-    chip = topology.partition(":")[0]
-    if chip not in HBM_GIB:
-        raise ConfigError(
-            f"--topology={topology}: chip {chip!r} is unknown; known: {', '.join(HBM_GIB)}"
-        )
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        raise ConfigError(f"--topology={topology}: {error}") from error
-
+    chip, devices = topology_chips(topology)
     settings = resolve(config)
     # On a TPU the depth loop is a loop; "0" would look at this process's CPU.
     policy = dataclasses.replace(settings.recipe.policy, unroll=settings.recipe.policy.unroll or 1)
@@ -138,6 +126,35 @@ def check(config: dict[str, Any], topology: str) -> Report:
         collectives=count_collectives(compiled.as_text()),
         compile_seconds=seconds,
     )  # fmt: skip
+
+
+def topology_chips(topology: str) -> tuple[str, list[Any]]:
+    """The kind of chip, such as "v5e", and one device for each chip of a topology such as "v5e:16x16".
+
+    Raises:
+      ConfigError: there is no such topology, or the `tpu` extra is missing.
+    """
+    from jax.experimental import topologies
+
+    from common.config import ConfigError
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            "preflight compiles with libtpu, which is not installed: pip install '.[tpu]'"
+        )
+    chip, _, grid = topology.partition(":")
+    if chip not in HBM_GIB:
+        raise ConfigError(
+            f"--topology={topology}: chip {chip!r} is unknown; known: {', '.join(HBM_GIB)}"
+        )
+    options: dict[str, Any] = dict(CHIP_CONFIG.get(chip, {}))
+    if set(grid) <= set("1x"):  # libtpu takes a host to have four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:
+        raise ConfigError(f"--topology={topology}: {' '.join(str(error).split())}") from error
+    return chip, list(described.devices)
 
 
 def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:

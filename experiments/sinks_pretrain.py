@@ -4,6 +4,7 @@ The workdir gets a folder per variant (metrics.jsonl, curves.png, checkpoints/),
 table.md, laid out like the paper's Table 3. Interrupted, it continues where it stood.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,12 +27,12 @@ from common.data import (
     prefetch_to_device,
     train_batches,
 )
-from common.distributed import EXIT_PREEMPTED
+from common.distributed import EXIT_PREEMPTED, require_same
 from common.mesh import MeshSpec, make_mesh
 from common.optim import OptimSpec
 from common.plots import COLORS, curves
 from common.results import markdown_table
-from common.sharding import batch_sharding
+from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import NonFiniteLoss, Preempted, TrainSpec, train
 from common.writers import make_writer, read_rows
 from experiments.learned_optim import optimizer_of
@@ -136,9 +137,13 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         mesh = make_mesh(settings.mesh)
         settings.train.check_mesh(mesh)
         samples, held_out = split(text.documents(settings.data.text), settings.data)
+        require_same({"the text": _digest(samples), "the held-out text": _digest(held_out)})
     except (ValueError, OSError) as error:
         raise ConfigError(f"config: {error}") from error
-    began, metrics, table = begin(workdir, values), {}, []
+    # It alone writes. All train, and all measure: they are then ready for the next variant at the same time.
+    first = jax.process_index() == 0
+    began = begin(workdir, values) if first else 0.0
+    metrics, table = {}, []
     for name, recipe in recipes.items():
         log.info(
             "%s: %d samples of %d bytes, %d steps",
@@ -158,6 +163,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         found = measure(recipe, params, settings.evaluate, held_out)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
         table.append((name, *found.values()))
+    if not first:
+        return 0
     header = ("variant", *found)
     (workdir / "table.md").write_text(markdown_table(header, table))
     draw(workdir, list(recipes), metrics, list(settings.evaluate.specs()))
@@ -183,18 +190,24 @@ def split(documents: list[text.Document], data: DataSettings) -> tuple[np.ndarra
     return whole, np.concatenate(held_out)
 
 
+def _digest(ids: np.ndarray) -> str:
+    return f"{len(ids)} long, SHA-256 {hashlib.sha256(ids.tobytes()).hexdigest()[:12]}"
+
+
 def _train(
     recipe: LanguageModel, settings: Settings, mesh: Mesh, samples: np.ndarray, workdir: Path
 ) -> Any:
     """Trains one variant in its own folder, or goes on with it; its parameters."""
     spec = settings.train
-    source, loader = array_source(tokens=samples), LoaderSpec(spec.batch, spec.seed)
+    rows = batch_sharding(mesh)
+    source = array_source(tokens=samples)
+    loader = LoaderSpec(spec.batch, spec.seed, held=rows_held(rows, spec.batch))
     data_print = fingerprint(source, loader)
     workdir.mkdir(parents=True, exist_ok=True)
 
     def batches(start: int) -> Iterator[dict]:
         return prefetch_to_device(
-            train_batches(source, loader, start_step=start), batch_sharding(mesh)
+            train_batches(source, loader, start_step=start), rows, batch=spec.batch
         )
 
     def open_writer(step: int):
@@ -219,9 +232,9 @@ def _train(
                 meta={"data": data_print},
             )
     finally:
-        if (workdir / "metrics.jsonl").exists():
+        if (workdir / "metrics.jsonl").exists() and jax.process_index() == 0:
             curves(read_rows(workdir / "metrics.jsonl"), workdir / "curves.png")
-    return jax.device_get(state.params)
+    return to_host(state.params)
 
 
 def measure(

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from common.sharding import rows_held
+
 _POLL_S = 0.1  # how soon a blocked thread notices that it should stop
 
 
@@ -20,9 +22,12 @@ class prefetch_to_device(Iterator):
     global arrays. `sharding` is one Sharding for all leaves, or a function of the host array, e.g.
     `common.sharding.batch_sharding(mesh)`. Device memory holds up to depth + 2 batches.
 
-    An exception of the iterator or the transfer is raised from `next`, after the batches before
-    it. `close()`, leaving a `with` block, garbage collection and interpreter exit stop the thread
-    and close `iterator`.
+    batch: rows of the global arrays, of which host batches hold those that
+        `common.sharding.rows_held(sharding, batch)` tells; None where they hold all.
+
+    A host batch of another number of rows is a ValueError. An exception of the iterator or the
+    transfer is raised from `next`, after the batches before it. `close()`, leaving a `with` block,
+    garbage collection and interpreter exit stop the thread and close `iterator`.
     """
 
     def __init__(
@@ -30,6 +35,8 @@ class prefetch_to_device(Iterator):
         iterator: Iterator[Any],
         sharding: Sharding | Callable[[np.ndarray], Sharding],
         depth: int = 2,
+        *,
+        batch: int | None = None,
     ):
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
@@ -39,7 +46,7 @@ class prefetch_to_device(Iterator):
         # The thread must not hold `self`, or an abandoned prefetcher would never be collected.
         thread = threading.Thread(
             target=_fill,
-            args=(iterator, sharding_of, self._queue, self._stop),
+            args=(iterator, sharding_of, batch, self._queue, self._stop),
             name="prefetch_to_device",
             daemon=True,
         )
@@ -67,20 +74,45 @@ class prefetch_to_device(Iterator):
         self.close()
 
 
-def _fill(iterator, sharding_of, buffer: queue.Queue, stop: threading.Event) -> None:
+def _global(array: np.ndarray, sharding: Sharding, batch: int | None) -> jax.Array:
+    """The global array [batch, ...] of which `array` holds this process's rows."""
+    batch = len(array) if batch is None else batch
+    held = rows_held(sharding, batch)
+    if len(array) != sum(stop - start for start, stop in held):
+        parts = ", ".join(f"{start} to {stop - 1}" for start, stop in held)
+        raise ValueError(
+            f"a host batch has {len(array)} rows, but the devices of process {jax.process_index()} hold rows {parts} "
+            f"of the global {batch}: read those (common.sharding.rows_held)"
+        )
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    before = np.cumsum([0, *(stop - start for start, stop in held)])
+
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[0].indices(batch)
+        at = next(n + start - a for n, (a, b) in zip(before, held) if a <= start < b)
+        return array[(slice(at, at + stop - start), *index[1:])]
+
+    return jax.make_array_from_callback((batch, *array.shape[1:]), sharding, shard)
+
+
+def _fill(
+    iterator, sharding_of, batch: int | None, buffer: queue.Queue, stop: threading.Event
+) -> None:
     def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding_of(array), array)
+        return _global(array, sharding_of(array), batch)
 
     error = None
     while error is None and not stop.is_set():
-        batch = None
+        moved = None
         try:
-            batch = jax.tree.map(put, next(iterator))
+            moved = jax.tree.map(put, next(iterator))
         except BaseException as e:
             error = e
         while not stop.is_set():
             try:
-                buffer.put((batch, error), timeout=_POLL_S)
+                buffer.put((moved, error), timeout=_POLL_S)
                 break
             except queue.Full:
                 continue

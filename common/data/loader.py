@@ -1,8 +1,8 @@
 """Batches as a pure function of (source, seed, step), by grain (`specs/style.md` 3.7).
 
 Row g of the endless stream holds record `shuffled(g)`, a new permutation for every epoch. Step t of
-a run with global batch B is rows t*B .. (t+1)*B - 1, and process p of n takes the p-th of n
-equal parts of them. Augmentation draws from a generator keyed by (seed, g). Nothing here depends
+a run with global batch B is rows t*B .. (t+1)*B - 1, of which a process reads those that its devices
+hold (`common.sharding.rows_held`). Augmentation draws from a generator keyed by (seed, g). Nothing here depends
 on how many processes or workers there are, nor on where a run resumed.
 
 grain schedules, and what flows through it is step numbers: a batch is shuffled, read, transformed
@@ -22,6 +22,7 @@ from absl import flags
 from grain.experimental import index_shuffle
 
 from common.data.sources import Record, Source
+from common.sharding import Rows
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Record, np.random.Generator], Record]
@@ -36,6 +37,8 @@ class LoaderSpec:
 
     batch: examples per step over all processes. seed: of order and augmentation, in [0, 2**32).
     workers: processes that prepare batches; 0 is a thread of this one.
+    held: the rows of each global batch that this process reads, as parts (start, stop) in order;
+        None for all. Of several processes, those whose devices hold the same rows read the same.
     prefetch: host batches prepared ahead (per worker); 0 prepares each when it is asked for.
 
     Why 0 workers by default: a worker starts a Python that imports grain and jax (2 to 3 s),
@@ -48,12 +51,11 @@ class LoaderSpec:
     batch: int
     seed: int
     workers: int = 0
-    process: int = 0
-    num_processes: int = 1
+    held: Rows | None = None
     prefetch: int = 2
 
     def __post_init__(self):
-        _local_batch(self.batch, self.process, self.num_processes)
+        _rows(self.batch, self.held)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
         if self.workers < 0 or self.prefetch < 0:
@@ -76,8 +78,8 @@ def train_batches(
         what belongs to an example but is cheaper in bulk, such as I-JEPA's masks.
     With workers > 0 both, and the source, must pickle.
 
-    Returns an iterator with a `close()`; each batch is a dict of arrays [b, ...], b being
-    spec.batch / spec.num_processes. Integers become int32.
+    Returns an iterator with a `close()`; each batch is a dict of arrays [b, ...], b being the rows
+    in spec.held, or spec.batch. Integers become int32.
     """
     if start_step < 0:
         raise ValueError(f"start_step must not be negative, got {start_step}")
@@ -99,16 +101,15 @@ def eval_batches(
     batch: int,
     *,
     transform: Transform | None = None,
-    process: int = 0,
-    num_processes: int = 1,
+    held: Rows | None = None,
 ) -> Iterator[Batch]:
     """Iterates once over the records in order, with a "weight" float32 [b]: 1 real, 0 padding.
 
-    All processes take ceil(N / batch) steps of equal shapes; weights sum to N over processes and
-    steps, so that weighted sums are exact. Padding repeats the last record.
+    All processes take ceil(N / batch) steps; of each global batch one reads the rows in `held`, or
+    all. Weights of the global batches sum to N, so that weighted sums are exact. Padding repeats the
+    last record.
     """
-    local_batch = _local_batch(batch, process, num_processes)
-    load = _EvalStep(source, batch, process * local_batch, local_batch, transform)
+    load = _EvalStep(source, batch, _rows(batch, held), transform)
     steps = grain.MapDataset.range(-(-len(source) // batch)).map(load)
     return iter(steps.to_iter_dataset(_in_thread(2)))
 
@@ -155,8 +156,7 @@ class _TrainStep:
     batch_transform: BatchTransform | None
 
     def __call__(self, step: int) -> Batch:
-        size = self.spec.batch // self.spec.num_processes
-        rows = step * self.spec.batch + self.spec.process * size + np.arange(size)
+        rows = step * self.spec.batch + _rows(self.spec.batch, self.spec.held)
         indices = _shuffled(rows, len(self.source), self.spec.seed)
         batch = _stack(_read(self.source, indices, rows, self.spec.seed, self.transform))
         return self.batch_transform(batch, rows) if self.batch_transform else batch
@@ -168,12 +168,11 @@ class _EvalStep:
 
     source: Source
     batch: int
-    offset: int
-    size: int
+    held: np.ndarray
     transform: Transform | None
 
     def __call__(self, step: int) -> Batch:
-        rows = step * self.batch + self.offset + np.arange(self.size)
+        rows = step * self.batch + self.held
         indices = np.minimum(rows, len(self.source) - 1)
         records = _read(self.source, indices.tolist(), indices, _EVAL_SEED, self.transform)
         return {**_stack(records), "weight": (rows < len(self.source)).astype(np.float32)}
@@ -240,15 +239,19 @@ def _in_thread(buffer: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=min(1, buffer), prefetch_buffer_size=buffer)
 
 
-def _local_batch(batch: int, process: int, num_processes: int) -> int:
-    if not 0 <= process < num_processes:
-        raise ValueError(f"process must lie in [0, {num_processes}), got {process}")
-    if batch < 1 or batch % num_processes:
+def _rows(batch: int, held: Rows | None) -> np.ndarray:
+    """The rows of a global batch that lie in the parts `held`, int64 [b]; all of them for None."""
+    if batch < 1:
+        raise ValueError(f"the global batch must be positive, got {batch}")
+    parts = ((0, batch),) if held is None else held
+    edges = [edge for part in parts for edge in part]
+    ordered = all(a < b for a, b in parts) and edges == sorted(edges)
+    if not (edges and ordered and edges[0] >= 0 and edges[-1] <= batch):
         raise ValueError(
-            f"global batch {batch} does not divide over {num_processes} processes; "
-            f"use a positive multiple of {num_processes}"
+            f"held={held} must be parts (start, stop) of the global batch's {batch} rows, in order "
+            "and without overlap (common.sharding.rows_held)"
         )
-    return batch // num_processes
+    return np.concatenate([np.arange(a, b) for a, b in parts])
 
 
 def _name(transform: Any) -> str:

@@ -150,7 +150,11 @@ def sum_in_groups(f: Callable, params: Any, x: Any, given: Any, bytes_each: int)
 
 
 def _on_lone_cpu() -> bool:
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    mesh = jax.sharding.get_abstract_mesh()
+    # A mesh says what it is made of: a program may be built on a CPU for another machine.
+    built_for = mesh.abstract_device
+    platform = built_for.platform if built_for is not None else jax.default_backend()
+    return platform == "cpu" and mesh.size <= 1
 
 
 def _fitting(size: int, bytes_each: int) -> int:

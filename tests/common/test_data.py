@@ -65,24 +65,21 @@ def assert_equal(xs, ys):
 # --- training batches -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_split_the_batch_of_one(processes):
+@pytest.mark.parametrize(
+    "held",
+    [((0, 4),), ((4, 8),), ((0, 8),), ((3, 4),), ((0, 2), (4, 6)), ((1, 2), (2, 3), (7, 8))],
+)
+def test_a_process_reads_the_rows_that_it_holds_of_the_batch_of_one(held):
     source, spec = small_source(), LoaderSpec(batch=8, seed=3)
     whole = take(14, source, spec)  # 14 * 8 rows: more than two epochs
-    parts = [
-        take(14, source, replace(spec, process=p, num_processes=processes))
-        for p in range(processes)
-    ]
-    joined = [
-        {key: np.concatenate([part[t][key] for part in parts]) for key in whole[0]}
-        for t in range(14)
-    ]
-    assert_equal(joined, whole)
+    rows = np.concatenate([np.arange(*part) for part in held])
+    wanted = [{key: array[rows] for key, array in batch.items()} for batch in whole]
+    assert_equal(take(14, source, replace(spec, held=held)), wanted)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
-    source, spec = small_source(), LoaderSpec(batch=8, seed=3, process=1, num_processes=2)
+    source, spec = small_source(), LoaderSpec(batch=8, seed=3, held=((0, 1), (5, 8)))
     expected = take(12, source, spec)[5:]  # resumed in the middle too
     assert_equal(take(7, source, replace(spec, workers=workers), start_step=5), expected)
 
@@ -155,7 +152,7 @@ def test_augmentation_draws_are_uniform_across_rows():
 
 
 def test_rows_are_positions_in_the_endless_stream():
-    spec = LoaderSpec(batch=6, seed=0, process=1, num_processes=3)
+    spec = LoaderSpec(batch=6, seed=0, held=((2, 4),))
     batches = take(2, small_source(), spec, start_step=7)
     np.testing.assert_array_equal(batches[0]["rows"], [44, 45])
     np.testing.assert_array_equal(batches[1]["rows"], [50, 51])
@@ -190,9 +187,12 @@ def test_images_of_different_sizes_name_the_remedy(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch": 6, "num_processes": 4}, "6 does not divide over 4"),
-        ({"batch": 0}, "positive"),
-        ({"process": 2, "num_processes": 2}, r"\[0, 2\), got 2"),
+        ({"batch": 0}, "positive, got 0"),
+        ({"held": ()}, r"held=\(\) must be parts .* of the global batch's 8 rows"),
+        ({"held": ((4, 9),)}, "8 rows"),
+        ({"held": ((4, 4),)}, "must be parts"),
+        ({"held": ((4, 8), (0, 4))}, "in order"),
+        ({"held": ((0, 5), (4, 8))}, "without overlap"),
         ({"seed": -1}, "got -1"),
         ({"seed": 2**32}, "4294967296"),
         ({"workers": -1}, "workers"),
@@ -243,7 +243,7 @@ def test_workers_survive_a_program_started_with_dash_m(tmp_path):
 def test_evaluation_weights_sum_to_n_and_shapes_agree(n, per_process, processes):
     source, batch = small_source(n), per_process * processes
     runs = [
-        list(eval_batches(source, batch, process=p, num_processes=processes))
+        list(eval_batches(source, batch, held=((p * per_process, (p + 1) * per_process),)))
         for p in range(processes)
     ]
     assert {len(run) for run in runs} == {-(-n // batch)}
@@ -261,8 +261,8 @@ def test_evaluation_transforms_do_not_depend_on_processes():
     source = small_source(30)
     whole = list(eval_batches(source, 8, transform=Augment()))
     halves = [
-        list(eval_batches(source, 8, transform=Augment(), process=p, num_processes=2))
-        for p in (0, 1)
+        list(eval_batches(source, 8, transform=Augment(), held=held))
+        for held in (((0, 4),), ((4, 6), (6, 8)))
     ]
     for t, batch in enumerate(whole):
         joined = np.concatenate([halves[0][t]["draw"], halves[1][t]["draw"]])
@@ -281,7 +281,7 @@ def test_evaluation_with_a_crop_keeps_order():
 def test_a_fingerprint_survives_json_and_ignores_what_may_change():
     source, spec = small_source(), LoaderSpec(8, seed=3)
     saved = json.loads(json.dumps(fingerprint(source, spec, RandomResizedCrop(32), None)))
-    other = replace(spec, workers=3, process=1, num_processes=2, prefetch=9)
+    other = replace(spec, workers=3, held=((4, 8),), prefetch=9)
     check_fingerprint(saved, fingerprint(source, other, RandomResizedCrop(32)))
 
 

@@ -48,6 +48,12 @@ def test_prefetch_asks_for_a_sharding_per_leaf():
     assert sorted(ranks) == [1, 4] and out["image"].shape == (2, 4, 4, 3)
 
 
+def test_batches_of_the_wrong_size_are_refused_by_their_rows():
+    whole = r"has 4 rows, but the devices of process 0 hold rows 0 to 7 of the global 8"
+    with pytest.raises(ValueError, match=whole):
+        next(prefetch_to_device(batches_of(1), on_one_device(), batch=8))
+
+
 def test_prefetch_raises_after_the_good_batches():
     def failing():
         yield from batches_of(2)

@@ -1,32 +1,12 @@
 """Two processes on one machine are one job: they compute together and stop together."""
 
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.multiprocess.processes import finish, reported, start
+
 pytestmark = pytest.mark.multiproc
-
-JOIN = """
-import json, sys, time
-import jax
-from common import distributed
-jax.config.update("jax_num_cpu_devices", 2)
-distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-"""
-
-REPORT = """
-def report(**found):
-    \"\"\"Into a file: the collectives library writes to stdout in pieces.\"\"\"
-    with open(sys.argv[3], "w") as file:
-        json.dump(found, file)
-"""
 
 PSUM = """
 import numpy as np
@@ -63,42 +43,6 @@ with distributed.PreemptionGuard() as guard:
             sys.exit(distributed.EXIT_PREEMPTED)
         time.sleep(0.01)
 """
-
-
-def start(program, folder):
-    """Starts the program as process 0 and 1 of a job of two; each may `report` once."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1"}
-    env.pop("XLA_FLAGS", None)
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN + REPORT + program, address, str(i), folder / f"{i}.json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for i in range(2)
-    ]
-
-
-def finish(processes):
-    """Their outputs, once all have ended; none outlives the test, and those that hang tell where."""
-    try:
-        return [p.communicate(timeout=60) for p in processes]
-    except subprocess.TimeoutExpired:
-        for p in processes:
-            p.send_signal(signal.SIGABRT)
-        pytest.fail("\n".join(p.communicate(timeout=60)[1] for p in processes))
-    finally:
-        for p in processes:
-            p.kill()
-
-
-def reported(folder, i):
-    return json.loads((folder / f"{i}.json").read_text())
 
 
 def test_a_sum_and_a_mean_over_a_global_array(tmp_path):
