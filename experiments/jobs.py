@@ -1,12 +1,11 @@
-"""The registry of jobs: a config's `job` names one, a function of (settings, workdir) -> exit code."""
+"""The registry of jobs: a config's `job` names one, a function of a Run -> exit code."""
 
 import pkgutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
+from experiments.run import Run
 
 # By name, so that a run loads its own package and no other.
 JOBS = {
@@ -26,7 +25,7 @@ JOBS = {
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError)
 
 
-def find(name: str) -> Callable[[dict[str, Any], Path], int]:
+def find(name: str) -> Callable[[Run], int]:
     """The job of this name, its module imported. Raises ConfigError naming those there are."""
     if name not in JOBS:
         raise ConfigError(f"config.job={name!r} is unknown; known jobs: {', '.join(JOBS)}")

@@ -5,8 +5,9 @@
   python -m experiments.launch --config=... --workdir=... --config.optim.lr=3e-4 --config.train.steps=1000
 
 The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop). Started again in
-the same workdir, a run continues exactly where its last checkpoint stands. Exit codes: 0 done, 1 failed, 2 a setting or
-input is wrong, 75 stopped by a signal with its state saved (start it again).
+the same workdir, a run continues exactly where its last checkpoint stands, and one that is done says so. A start with other
+settings is refused; --resume=changed takes them on purpose, and the row then tells what changed at which step. Exit codes:
+0 done, 1 failed, 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again).
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
 --process_id.
@@ -16,6 +17,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,6 +30,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: PATH.py or PATH.py:argument,key=value.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, curves and checkpoints go.")
+_RESUME = flags.DEFINE_enum(
+    "resume", "same", ["same", "changed"], "Whether a workdir's run may go on with other settings."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 (auto on TPU, SLURM)."
 )
@@ -54,6 +59,7 @@ def main(argv: list[str]) -> int:
 
     # After the flags: a typo should not wait for every library a job needs.
     from experiments.jobs import KNOWN_ERRORS, find
+    from experiments.run import Run
 
     try:
         job = find(config["job"])
@@ -61,9 +67,16 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         return _fail(error)
     try:
-        return job(config, Path(_WORKDIR.value))
+        return job(Run(config, Path(_WORKDIR.value), resume=_RESUME.value, **_origin()))
     except KNOWN_ERRORS as error:
         return _fail(error)
+
+
+def _origin() -> dict[str, Any]:
+    """Where the settings come from: the config's file, its argument, and what the command line changed."""
+    flag = flags.FLAGS["config"]
+    path, _, arg = config_flags.get_config_filename(flag).partition(":")
+    return {"config": path, "arg": arg, "overrides": config_flags.get_override_values(flag)}
 
 
 def _plain(error: BaseException) -> str:

@@ -5,6 +5,7 @@ table.md, laid out like the paper's Table 3. Interrupted, it continues where it 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.checkpoint import Checkpointer, CheckpointSpec
+from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
 from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
@@ -35,7 +36,7 @@ from common.sharding import batch_sharding
 from common.train_loop import NonFiniteLoss, Preempted, TrainSpec, train
 from common.writers import make_writer, read_rows
 from experiments.learned_optim import optimizer_of
-from experiments.sinks_job import begin, finish
+from experiments.run import Run, job
 from sinks import maps, perplexity, text
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
@@ -127,9 +128,10 @@ class Settings:
         )
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job(only=("variants", "evaluate"))
+def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    settings = build(Settings, values)
+    settings, workdir = build(Settings, run.values), run.workdir
     try:
         recipes = {name: settings.recipe(name) for name in settings.variants}
         settings.evaluate.specs()
@@ -138,7 +140,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         samples, held_out = split(text.documents(settings.data.text), settings.data)
     except (ValueError, OSError) as error:
         raise ConfigError(f"config: {error}") from error
-    began, metrics, table = begin(workdir, values), {}, []
+    run.begin(0)
+    metrics, table, seconds = {}, [], Counter()
     for name, recipe in recipes.items():
         log.info(
             "%s: %d samples of %d bytes, %d steps",
@@ -157,14 +160,18 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             return 1
         found = measure(recipe, params, settings.evaluate, held_out)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
+        seconds.update(read_meta(workdir / name / "checkpoints").get("seconds", {}))
         table.append((name, *found.values()))
     header = ("variant", *found)
     (workdir / "table.md").write_text(markdown_table(header, table))
     draw(workdir, list(recipes), metrics, list(settings.evaluate.specs()))
-    finish(
-        workdir, values, metrics, steps=settings.train.steps, began=began, seed=settings.train.seed
-    )
     log.info("perplexity per byte of held-out text\n%s", markdown_table(header, table))
+    log.info("seconds: %s", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    row = run.row(
+        metrics, seeds=[settings.train.seed], steps=settings.train.steps,
+        mesh=dict(mesh.shape), dtype=settings.compute, seconds=seconds,
+    )  # fmt: skip
+    run.finish(row)
     return 0
 
 

@@ -215,9 +215,8 @@ def begun(start, tmp_path):
 )
 def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
     before = begun()
-    text = refusal(
-        *RESUMED, f"--config.{setting}", train=jepa_pretrain.train, lines=2 + len(differences)
-    )
+    arguments = (*RESUMED, f"--config.{setting}", "--resume=changed")
+    text = refusal(*arguments, train=jepa_pretrain.train, lines=2 + len(differences))
     assert "trained on other data" in text and "Restore the saved settings" in text
     assert [words for words in differences if words not in text] == [], text
     assert begun() == before, "the record of the run is left alone"
@@ -226,7 +225,7 @@ def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
 def test_another_model_cannot_continue_a_run(refusal, begun):
     before = begun()
     hidden = "--config.model.hidden=128"  # 3 arrays, each with a target and two moments
-    text = refusal(*RESUMED, hidden, train=jepa_pretrain.train, lines=1 + 3 * 4)
+    text = refusal(*RESUMED, hidden, "--resume=changed", train=jepa_pretrain.train, lines=1 + 3 * 4)
     assert "holds another model. Use the config it was saved with" in text
     assert "misshapen: params/encoder/blocks/mlp/up/kernel is float32[2, 32, 64]" in text
     assert begun() == before
