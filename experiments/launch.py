@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from common import distributed
 from common.config import ConfigError
@@ -76,7 +76,9 @@ def _origin() -> dict[str, Any]:
     """Where the settings come from: the config's file, its argument, and what the command line changed."""
     flag = flags.FLAGS["config"]
     path, _, arg = config_flags.get_config_filename(flag).partition(":")
-    return {"config": path, "arg": arg, "overrides": config_flags.get_override_values(flag)}
+    changed = config_flags.get_override_values(flag).items()
+    overrides = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in changed}
+    return {"config": path, "arg": arg, "overrides": overrides}
 
 
 def _plain(error: BaseException) -> str:

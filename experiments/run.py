@@ -12,9 +12,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +19,12 @@ from typing import Any
 
 import jax
 
+from common.checkpoint import DamagedError, read_meta
+from common.commit import find_commit
 from common.config import ConfigError
-from common.results import (
-    ResultRow,
-    append_row,
-    config_hash,
-    find_commit,
-    make_row,
-    read_rows,
-)
+from common.results import ResultRow, append_row, config_hash, make_row, read_rows
 from common.writers import to_json
+from experiments.clock import Clock, write_json
 
 log = logging.getLogger("triptych")
 
@@ -56,7 +49,6 @@ FREE = (
 )
 RESUME = ("same", "changed")
 NOTHING = object()  # a setting that one of two configs lacks
-HEARTBEAT = 10.0  # seconds between two writes of the clock: what a kill can lose
 
 
 def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,57 +81,6 @@ def hash_of(values: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """The hash that rows carry: of every setting that is not free, nor in `without`."""
     left_out = (*FREE, *without)
     return config_hash({k: v for k, v in settings_of(values).items() if not within(k, left_out)})
-
-
-class Clock:
-    """Wall seconds of a piece of work over all its starts, also those that were killed.
-
-    A thread writes the sum into a file every HEARTBEAT seconds, on process 0; so no more than that is lost.
-    """
-
-    def __init__(self, path: Path, name: str) -> None:
-        """`name`: of the work, as several may share the file."""
-        self.path, self.name = path, name
-        self._began, self._before = time.perf_counter(), self._read().get(name, 0.0)
-        self._stop: threading.Event | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._began
-
-    def __enter__(self) -> "Clock":
-        if jax.process_index() == 0 and self._stop is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write()
-            self._stop = threading.Event()
-            threading.Thread(target=self._beat, args=(self._stop,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._stop is not None:
-            self._stop.set()
-            self._stop = None
-            self._write()
-
-    def reset(self) -> None:
-        """Forgets earlier starts, whose work is not part of this one."""
-        self._before = 0.0
-
-    def _beat(self, stop: threading.Event) -> None:
-        while not stop.wait(HEARTBEAT):
-            self._write()
-
-    def _read(self) -> dict[str, float]:
-        try:
-            return json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            return {}
-
-    def _write(self) -> None:
-        try:
-            write_json(self.path, self._read() | {self.name: round(self.seconds, 3)})
-        except OSError as error:  # a full disk ends the run elsewhere, and with better words
-            log.debug("%s: %s", self.path, error)
 
 
 @dataclass
@@ -241,19 +182,16 @@ class Run:
         Args:
           restored: the step of the state that is gone on from; 0 for finished parts, None where all starts anew.
         """
-        record = _read_json(self.workdir / "run.json") or {}
+        records = _read_json(path := self.workdir / "run.json") or {}
+        record = records.get(self.job, {})
         if restored is None and self.changed:
             self.clock.reset()
         self._changes = _merge(record.get("changes", []), restored, self._changes_now(record))
         if jax.process_index() == 0:
             self.workdir.mkdir(parents=True, exist_ok=True)
             record = {"commit": self.commit, "changes": self._changes}
-            write_json(
-                self.workdir / "run.json", record
-            )  # first: a change is told, or not yet made
-            if self.saved is None or settings_of({**self.saved, "job": ""}) != settings_of(
-                {**self.values, "job": ""}
-            ):
+            write_json(path, records | {self.job: record})  # first: a change is told, or not made
+            if self.saved is None or _besides_job(self.saved) != _besides_job(self.values):
                 write_json(self.workdir / "config.json", json.loads(to_json(self.values)))
         self.clock.__enter__()
 
@@ -305,6 +243,11 @@ class Run:
 
     def _saved_config(self) -> dict[str, Any] | None:
         saved = _read_json(path := self.workdir / "config.json")
+        if saved is None and (checkpoints := self.workdir / "checkpoints").is_dir():
+            try:  # somebody copied nothing else
+                return read_meta(checkpoints).get("config")
+            except (FileNotFoundError, DamagedError):
+                return None
         if saved is not None and not isinstance(saved, dict):
             raise ConfigError(f"{path} is no config: take another --workdir, or remove it")
         return saved
@@ -312,7 +255,7 @@ class Run:
     def _check_rows(self) -> None:
         """Without config.json, rows must be of this config."""
         for row in read_rows(path := self.workdir / "results.jsonl"):
-            if not (self.owns(row) or self.owns(row, part=True)):
+            if row.job == self.job and not (self.owns(row) or self.owns(row, part=True)):
                 raise ConfigError(
                     f"{path} has rows of another config, and no config.json says which: take another --workdir"
                 )
@@ -348,13 +291,6 @@ def job(
     return wrap
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: a killed writer leaves the file as it was."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(new, path)
-
-
 def _read_json(path: Path) -> Any:
     """None if there is no such file."""
     if not path.exists():
@@ -380,6 +316,10 @@ def _merge(
             at[name] = [at[name][0] if name in at else old, new]
     kept = {s: {k: v for k, v in at.items() if v[0] != v[1]} for s, at in by_step.items()}
     return [{"step": step, **at} for step, at in sorted(kept.items()) if at]
+
+
+def _besides_job(values: Mapping[str, Any]) -> dict[str, Any]:
+    return settings_of({k: v for k, v in values.items() if k != "job"})
 
 
 def _show(value: Any) -> str:

@@ -21,7 +21,8 @@ from common.plots import curves
 from common.results import config_hash, markdown_table, read_rows
 from common.writers import make_writer
 from common.writers import read_rows as read_metrics
-from experiments.run import Clock, Run, job
+from experiments.clock import Clock
+from experiments.run import Run, job
 from experiments.sinks_job import open_model, open_tokens
 from sinks import perplexity, stream
 from sinks.loading import Model

@@ -23,7 +23,8 @@ from rich.progress import track
 from common.config import build
 from common.plots import COLORS, INK
 from common.results import markdown_table
-from experiments.run import Run, job, write_json
+from experiments.clock import write_json
+from experiments.run import Run, job
 from experiments.sinks_job import open_model
 from sinks import cache, stream
 from sinks.cache import CacheSpec

@@ -46,6 +46,10 @@ def test_baselines_leave_a_row_each_and_are_not_done_again(tmp_path, monkeypatch
     assert [row.job for row in rows] == ["baseline_untrained", "baseline_pixels"]
     assert probed == ["untrained encoder", "raw pixels"]  # the second call found their rows
     assert all(row.metrics["linear_label"] > 0 for row in rows)
+    for resume in ("same", "changed"):
+        other = values | {"train": values["train"] | {"seed": 1}}
+        with pytest.raises(ConfigError, match=r"config\.train\.seed: saved 0, now 1"):
+            find("jepa_baselines")(Run(other, tmp_path, resume=resume))
     pixels = rows[1].metrics
     assert pixels["linear_label/last"] == pixels["linear_label/last4"] > 0.3  # digits, 10 classes
 

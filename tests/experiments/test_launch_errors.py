@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.state import state_shardings
 from common.train_loop import Preempted
-from experiments import jepa_pretrain, launch
+from experiments import jepa_pretrain, jobs, launch
 
 CONFIG = "experiments/configs/jepa/scenes.py"
 SMOKE = f"--config={CONFIG}:smoke"
@@ -161,6 +161,33 @@ def test_files_that_are_no_images_are_skipped_where_asked_for(start, folder):
 
 def test_a_missing_folder_is_named(refusal, tmp_path):
     assert f"{tmp_path}/no" in refusal(SMOKE, f"--config.data.name=folder:{tmp_path}/no")
+
+
+def test_another_rate_does_not_continue_a_run_without_a_word(refusal, start, begun):
+    before = begun()
+    faster = "--config.optim.lr=0.05"
+    text = refusal(*RESUMED, faster, lines=3)
+    assert "\n  config.optim.lr: saved 0.001, now 0.05\n" in text
+    assert "another --workdir" in text and "--resume=changed" in text
+    assert begun() == before
+    with pytest.raises(Computed):
+        start(*RESUMED, faster, "--resume=changed")
+    free = ["--config.mesh.fsdp=1", "--config.train.log_every=7", "--config.train.save_every=9"]
+    with pytest.raises(Computed):
+        start(*RESUMED, *free)
+
+
+def test_a_run_knows_what_the_command_line_changed(start, monkeypatch):
+    runs = []
+    monkeypatch.setattr(jobs, "find", lambda name: lambda run: runs.append(run) or 0)
+    start(f"{SMOKE},seed=3", "--config.optim.lr=0.5", "--config.data.crop_scale=(0.5, 1.0)")
+    (run,) = runs
+    assert (run.config, run.arg, run.resume) == (CONFIG, "smoke,seed=3", "same")
+    assert run.overrides == {"optim.lr": 0.5, "data.crop_scale": (0.5, 1.0)}
+
+
+def test_resume_has_two_values(refusal):
+    assert "same|changed" in refusal(SMOKE, "--resume=yes")
 
 
 def test_a_workdir_is_needed(refusal):

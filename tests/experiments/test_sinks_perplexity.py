@@ -7,6 +7,7 @@ import pytest
 
 from common.config import ConfigError
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.results import read_rows as result_rows
 from common.writers import read_rows
 from experiments import sinks_perplexity
 from experiments.configs.sinks.perplexity import get_config
@@ -80,6 +81,41 @@ def test_another_texts_stream_is_not_continued(tmp_path, monkeypatch):
     assert sinks_perplexity.run(Run(values, tmp_path / "run")) == EXIT_PREEMPTED
     with pytest.raises(ConfigError, match=r"config\.tokens: saved 100, now 80"):
         sinks_perplexity.run(Run(values | {"tokens": 80}, tmp_path / "run"))
+
+
+def test_what_is_finished_is_not_reported_under_another_config(tmp_path, capsys):
+    values = settings(tmp_path, policies=("sinks",))
+    assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0
+    record = (tmp_path / "run" / "config.json").read_bytes()
+    results = (tmp_path / "run" / "sinks_2+14" / "results.jsonl").read_bytes()
+    other = values | {"seed": 5, "dtype": "bfloat16"}
+    with pytest.raises(
+        ConfigError, match=r"dtype: saved 'float32', now 'bfloat16'\n  config\.seed"
+    ):
+        sinks_perplexity.run(Run(other, tmp_path / "run"))
+    with pytest.raises(ConfigError, match="that cannot change"):
+        sinks_perplexity.run(Run(other, tmp_path / "run", resume="changed"))
+    assert (tmp_path / "run" / "config.json").read_bytes() == record
+    assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0
+    assert (tmp_path / "run" / "sinks_2+14" / "results.jsonl").read_bytes() == results
+
+    # a workdir of an older version, whose config.json was overwritten by a second run
+    (tmp_path / "run" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match=r"sinks_2\+14 holds a result of another config"):
+        sinks_perplexity.run(Run(other, tmp_path / "run"))
+
+
+def test_another_policy_joins_the_table_on_purpose(tmp_path):
+    values = settings(tmp_path, policies=("sinks",))
+    assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0
+    more = values | {"policies": ("sinks", "window")}
+    with pytest.raises(ConfigError, match=r"config\.policies.*\n.*--resume=changed"):
+        sinks_perplexity.run(Run(more, tmp_path / "run"))
+    assert sinks_perplexity.run(Run(more, tmp_path / "run", resume="changed")) == 0
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert table.count("| sinks 2+14 |") == table.count("| window 0+16 |") == 1
+    (row,) = result_rows(tmp_path / "run" / "window_0+16" / "results.jsonl")
+    assert (row.config, row.overrides) == (values["name"], {"setting": "window 0+16"})
 
 
 @pytest.mark.parametrize(
