@@ -15,13 +15,13 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from common.commit import find_commit
 from common.writers import NON_FINITE, complete_lines, to_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -35,12 +35,16 @@ class ResultRow:
       id: unique and stable, `<config>-<8 hex digits of a hash over the rest>`.
       job: what was run, e.g. "jepa.pretrain".
       config, arg: the config file's name, and the argument given to it.
-      overrides: what the command line changed in the config.
-      config_hash: of the resolved config; see `config_hash`.
-      commit: git commit, with "+dirty" where files differed from it; "unknown" outside a checkout.
+      overrides: what the command line changed in the config; in a sweep also which part this is ("method", "row").
+      config_hash: of the resolved config, without the settings that may differ between the starts of a run.
+      commit: see `find_commit`.
       metrics: final numbers, in natural units; accuracy is a fraction.
       wall_seconds: of the whole run, resumed parts included.
       date: UTC, ISO 8601, to the second.
+      changes: what was changed on the way: `{"step": 20, "config.optim.lr": [old, new]}`. "commit" may be among them.
+      processes, devices, mesh: that the last start ran on; 0 and {} where it was not recorded.
+      dtype: of the computation, where there is one.
+      seconds: what the wall seconds went to (compile, input, step, eval, save), where it was recorded.
     """
 
     id: str
@@ -57,6 +61,24 @@ class ResultRow:
     metrics: dict[str, float]
     wall_seconds: float
     date: str
+    changes: tuple[dict[str, Any], ...] = ()
+    processes: int = 0
+    devices: int = 0
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    dtype: str = ""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ResultRow":
+        """Rows of older versions lack the fields that have a default. Raises ValueError naming odd fields."""
+        fields = dataclasses.fields(cls)
+        known = {f.name for f in fields}
+        needed = {f.name for f in fields if _no_default(f)}
+        if odd := sorted((data.keys() - known) | (needed - data.keys())):
+            raise ValueError(f"has unknown or lacks fields: {odd}")
+        values = {**data, "seeds": tuple(data["seeds"]), "changes": tuple(data.get("changes", ()))}
+        values["metrics"] = {name: NON_FINITE.get(v, v) for name, v in data["metrics"].items()}
+        return cls(**values)
 
 
 def make_row(
@@ -70,26 +92,39 @@ def make_row(
     arg: str = "",
     overrides: Mapping[str, Any] | None = None,
     resolved: Mapping[str, Any] | None = None,
+    hashed: str = "",
+    commit: str = "",
+    changes: Sequence[Mapping[str, Any]] = (),
+    mesh: Mapping[str, int] | None = None,
+    dtype: str = "",
+    seconds: Mapping[str, float] | None = None,
 ) -> ResultRow:
     """A row of a run that just ended here: adds environment, date and id.
 
     Args:
-      resolved: the whole config after overrides; only its hash is kept.
-      overrides: absolute paths in it are cut to their last part.
+      resolved: the whole config after overrides; only its hash is kept.  hashed: that hash itself.
+      arg, overrides, changes: absolute paths in them are cut to their last part.
+      commit: that the run began with; "" finds the one of now.
     """
     row = ResultRow(
         id="",
         job=job,
         config=Path(config).stem,
-        arg=arg,
+        arg=_without_paths(arg),
         overrides=_without_paths(dict(overrides or {})),
-        config_hash=config_hash(resolved or {}),
-        **environment(),
+        config_hash=hashed or config_hash(resolved or {}),
+        **{**environment(), **({"commit": commit} if commit else {})},
         seeds=tuple(seeds),
         steps=steps,
         metrics={name: float(value) for name, value in metrics.items()},
         wall_seconds=round(wall_seconds, 3),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        changes=tuple(_without_paths(dict(change)) for change in changes),
+        processes=jax.process_count(),
+        devices=1 if mesh is None else math.prod(mesh.values()),
+        mesh=dict(mesh or {}),
+        dtype=dtype,
+        seconds={name: round(value, 3) for name, value in (seconds or {}).items()},
     )
     return dataclasses.replace(row, id=f"{row.config}-{config_hash(dataclasses.asdict(row))[:8]}")
 
@@ -116,18 +151,16 @@ def read_rows(path: str | os.PathLike[str]) -> list[ResultRow]:
     """All rows, none if there is no file. Raises ValueError at a line that is not a row."""
     if not Path(path).exists():
         return []
-    fields = {f.name for f in dataclasses.fields(ResultRow)}
     rows = []
     for number, line in enumerate(complete_lines(path), start=1):
         try:
             data = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}") from None
-        if odd := fields ^ data.keys():
-            raise ValueError(f"{path}:{number} has unknown or lacks fields: {sorted(odd)}")
-        data["seeds"] = tuple(data["seeds"])
-        data["metrics"] = {name: NON_FINITE.get(v, v) for name, v in data["metrics"].items()}
-        rows.append(ResultRow(**data))
+        try:
+            rows.append(ResultRow.from_json(data))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} {error}") from None
     return rows
 
 
@@ -139,7 +172,7 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"commit": _commit(), "versions": versions, "hardware": _hardware()}
+    return {"commit": find_commit(), "versions": versions, "hardware": _hardware()}
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -200,26 +233,18 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return line(header) + line(rule) + "".join(map(line, rows))
 
 
+def _no_default(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
 def _without_paths(value: Any) -> Any:
-    if isinstance(value, str):  # "/a/b/c" -> "c", but "S/16" and "gs://bucket/c" stay
-        return re.sub(r"(?<![\w.:/])~?/(?:[^\s/,;'\"]+/)*", "", value)
+    if isinstance(
+        value, str
+    ):  # "/a/b/c" and "folder:/a/b/c" -> "c", but "S/16" and "gs://bucket/c" stay
+        return re.sub(r"(?<![\w./])~?/(?!/)(?:[^\s/,;'\"]+/)*(?=[^\s/,;'\"])", "", value)
     if isinstance(value, Mapping):
         return {k: _without_paths(v) for k, v in value.items()}
     return [_without_paths(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _commit() -> str:
-    here = Path(__file__)
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(here.parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # not somebody else's checkout around us
-        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
-    except (subprocess.CalledProcessError, FileNotFoundError):
-        return "unknown"
 
 
 def _hardware() -> str:

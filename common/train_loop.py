@@ -86,7 +86,7 @@ class Preempted(Exception):
 
 @dataclass
 class Ledger:
-    """Wall seconds of this run by what they went to."""
+    """Wall seconds of a run, over all its parts that were saved, by what they went to."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.perf_counter)
@@ -126,7 +126,7 @@ def train(
     meta: Mapping[str, Any],
     evals: Mapping[str, EvalFn] | None = None,
 ) -> tuple[Any, dict[str, float]]:
-    """Trains to `spec.steps` and returns (final state, ledger seconds).
+    """Trains to `spec.steps` and returns (final state, ledger seconds of all parts).
 
     Args:
       batches: from a start step to an endless iterator of device batches (already sharded), pytrees of `spec.batch` rows.
@@ -152,6 +152,7 @@ def train(
         state, saved_meta = restored
         start = int(state.step)
         _check_data(workdir, saved_meta, meta)
+        ledger.seconds |= saved_meta.get("seconds", {})  # of the parts before this one
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
     evals = evals or {}

@@ -8,32 +8,35 @@ own. Skips what has a row.
 
 import logging
 import time
-from pathlib import Path
-from typing import Any
 
 import jax
 
 from common.mesh import auto_mesh
-from common.results import append_row, make_row, read_rows
+from common.results import append_row, read_rows
 from experiments.jepa_eval import encode_fn, linear_probes, pixels
 from experiments.jepa_pretrain import begin
+from experiments.run import Run, job
 
+BASELINES = "jepa_baselines"
 KINDS = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 log = logging.getLogger("triptych")
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job(only=())  # what belongs to the pretraining beside it may not change here
+def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    rows = workdir / "results.jsonl"
-    done = {row.job.removeprefix("baseline_") for row in read_rows(rows)}
-    if done.issuperset(KINDS):
-        log.info("%s has the baselines' rows already", rows)
+    rows = run.workdir / "results.jsonl"
+    jobs = [f"baseline_{kind}" for kind in KINDS]
+    done = {row.job for row in read_rows(rows) if row.job in jobs and run.owns(row, job=BASELINES)}
+    if done.issuperset(jobs):
+        log.info("done before: the baselines' rows lie in %s", rows)
         return 0
-    settings, source, test_source, mesh = begin(values, workdir)
+    settings, source, test_source, mesh = begin(run.values, run.workdir)
     mesh = auto_mesh(mesh)
+    run.begin(0)
     seed = settings.train.seed
     for kind, title in KINDS.items():
-        if kind in done:
+        if f"baseline_{kind}" in done:
             continue
         began = time.perf_counter()
         encode = pixels
@@ -41,17 +44,11 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             encoder = settings.recipe.encoder
             encode = encode_fn(encoder, encoder.init(jax.random.key(seed)))
         metrics = linear_probes(settings, mesh, encode, source, test_source, title)
+        row = run.row(
+            metrics, job=f"baseline_{kind}", seeds=[seed], steps=0, mesh=dict(mesh.shape),
+            dtype=settings.recipe.policy.compute, wall_seconds=time.perf_counter() - began,
+        )  # fmt: skip
         if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            row = make_row(
-                job=f"baseline_{kind}",
-                config=settings.name,
-                metrics=metrics,
-                seeds=[seed],
-                steps=0,
-                wall_seconds=time.perf_counter() - began,
-                resolved=values,
-            )
             append_row(rows, row)
             log.info("\n".join([title, *(f"  {k:28s} {v:8.4f}" for k, v in metrics.items())]))
     return 0

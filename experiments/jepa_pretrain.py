@@ -4,9 +4,7 @@ The workdir gets config.json, metrics.jsonl (one row per logged step), curves.pn
 row with everything needed to run it again).
 """
 
-import dataclasses
 import importlib.util
-import json
 import logging
 import sys
 import time
@@ -32,7 +30,6 @@ from common.evaluation import EvaluationFailed, describe
 from common.full_disk import is_full
 from common.mesh import auto_mesh, make_mesh
 from common.plots import curves
-from common.results import append_row, make_row
 from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
@@ -40,15 +37,17 @@ from common.writers import make_writer, read_rows
 from experiments.facts import data_facts
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
 from experiments.jepa_settings import Settings, resolve
+from experiments.run import Run, job
 from jepa.recipe import AddMasks
 
 log = logging.getLogger("triptych")
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job()
+def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    began = time.perf_counter()
-    settings, source, test_source, mesh = begin(values, workdir)
+    workdir = run.workdir
+    settings, source, test_source, mesh = begin(run.values, workdir)
     recipe, spec = settings.recipe, settings.train
     try:
         _check_writers(settings)
@@ -66,7 +65,6 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         require_same(data_facts(training=data_print, test=fingerprint(test_source, loader)))
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    workdir.mkdir(parents=True, exist_ok=True)
     _describe(settings, len(source), mesh, abstract.params)
 
     def batches(start: int) -> Iterator[dict]:
@@ -80,9 +78,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
 
     def open_writer(restored_step: int):
-        _write_json(
-            workdir / "config.json", settings.values
-        )  # a config that is refused leaves none
+        run.begin(None if restored_step < 0 else restored_step)
         return make_writer(
             workdir,
             spec.steps,
@@ -97,7 +93,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
 
     try:
         with Checkpointer(workdir / "checkpoints", keep) as saver:
-            state, _ = train(
+            state, seconds = train(
                 recipe,
                 spec,
                 mesh=mesh,
@@ -120,7 +116,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     metrics = _last_eval(workdir)
     if settings.probe.linear:
         log.info("linear probe on frozen features of the target encoder")
-        encode = encode_fn(recipe.encoder, state.extra["target"])
+        encode, probing = encode_fn(recipe.encoder, state.extra["target"]), time.perf_counter()
         try:
             metrics |= linear_probes(settings, auto_mesh(mesh), encode, source, test_source)
         except Exception as error:  # any: the training before it must not look lost
@@ -130,20 +126,15 @@ def run(values: dict[str, Any], workdir: Path) -> int:
                 "repeat only them", why,
             )  # fmt: skip
             return 1
+        seconds = seconds | {"probe": time.perf_counter() - probing}
+    row = run.row(
+        metrics, seeds=[spec.seed], steps=spec.steps,
+        mesh=dict(mesh.shape), dtype=recipe.policy.compute, seconds=seconds,
+    )  # fmt: skip
     if jax.process_index() == 0:
-        row = make_row(
-            job="jepa_pretrain",
-            config=settings.name,
-            metrics=metrics,
-            seeds=[spec.seed],
-            steps=spec.steps,
-            wall_seconds=time.perf_counter() - began,
-            resolved=settings.values,
-        )
-        _write_json(workdir / "result.json", dataclasses.asdict(row))
-        append_row(workdir / "results.jsonl", row)
         log.info("\n".join(f"  {name:28s} {value:8.4f}" for name, value in metrics.items()))
-        log.info("wrote %s", workdir / "result.json")
+        log.info("seconds: %s", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    run.finish(row)
     return 0
 
 
@@ -211,8 +202,3 @@ def _draw(workdir: Path) -> None:
     except Exception as error:
         if not (is_full(leaving_with) and is_full(error)):  # once is enough
             log.warning("%s is not drawn: %s", workdir / "curves.png", error)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    if jax.process_index() == 0:
-        path.write_text(json.dumps(value, indent=2) + "\n")

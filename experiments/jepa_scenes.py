@@ -21,6 +21,7 @@ from experiments import jepa_baselines, jepa_pretrain
 from experiments.configs.jepa.scenes import get_config
 from experiments.jepa_pictures import report_picture
 from experiments.jepa_settings import resolve
+from experiments.run import Run
 
 LABELS = ("count", "distance", "shape")
 KINDS = {"jepa": "I-JEPA", **jepa_baselines.KINDS}
@@ -54,14 +55,15 @@ def prepare_scenes(workdir: Path) -> str:
 def run_seed(seed: int, epochs: float, workdir: Path, data_dir: str) -> int:
     """Pretrains and probes one seed, and its two baselines; skips what has a row. Returns an exit code."""
     run = workdir / f"seed{seed}"
-    config = get_config(f"seed={seed}" + (f",epochs={epochs}" if epochs else ""))
+    arg = f"seed={seed}" + (f",epochs={epochs}" if epochs else "")
+    config = get_config(arg)
     config.data.data_dir = data_dir
-    values = config.to_dict()
-    if not (run / "result.json").exists():
-        code = jepa_pretrain.run(values, run)
+    for job in (jepa_pretrain, jepa_baselines):
+        config.job = job.__name__.rpartition(".")[2]
+        code = job.run(Run(config.to_dict(), run, config="scenes", arg=arg, has_flag=False))
         if code:
             return code
-    return jepa_baselines.run(values, run)
+    return 0
 
 
 def show(workdir: Path, data_dir: str) -> None:

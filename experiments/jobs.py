@@ -1,14 +1,13 @@
-"""The registry of jobs: a config's `job` names one, a function of (settings, workdir) -> exit code."""
+"""The registry of jobs: a config's `job` names one, a function of a Run -> exit code."""
 
 import pkgutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
 from common.full_disk import NoSpaceError
 from common.workdir import WorkdirError
+from experiments.run import Run
 
 # By name, so that a run loads its own package and no other.
 JOBS = {
@@ -31,7 +30,7 @@ SEVERAL_PROCESSES = frozenset({"jepa_pretrain", "sinks_pretrain"})
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError, WorkdirError, NoSpaceError)
 
 
-def find(name: str) -> Callable[[dict[str, Any], Path], int]:
+def find(name: str) -> Callable[[Run], int]:
     """The job of this name, its module imported. Raises ConfigError naming those there are."""
     if name not in JOBS:
         raise ConfigError(f"config.job={name!r} is unknown; known jobs: {', '.join(JOBS)}")

@@ -5,9 +5,10 @@
   python -m experiments.launch --config=... --workdir=... --config.optim.lr=3e-4 --config.train.steps=1000
 
 The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop). Started again in
-the same workdir, a run continues exactly where its last checkpoint stands. A workdir serves one run at a time. Exit codes:
-0 done, 1 failed (also a full disk, or a final evaluation that failed: the same command does what is left), 2 a setting or
-input is wrong, 75 stopped by a signal with its state saved (start it again).
+the same workdir, a run continues exactly where its last checkpoint stands, and one that is done says so. A start with other
+settings is refused; --resume=changed takes them on purpose, and the row then tells what changed at which step. A workdir
+serves one run at a time. Exit codes: 0 done, 1 failed (also a full disk, or a final evaluation that failed: the same command
+does what is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again).
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
 --process_id. Processes that differ in settings, code, library versions or data stop with exit code 2 before the first step.
@@ -16,10 +17,11 @@ On a pod start the same command on every host; on a cluster without auto-detecti
 import logging
 import os
 import sys
+from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from common import distributed
 from common.config import ConfigError
@@ -29,6 +31,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: PATH.py or PATH.py:argument,key=value.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, curves and checkpoints go.")
+_RESUME = flags.DEFINE_enum(
+    "resume", "same", ["same", "changed"], "Whether a workdir's run may go on with other settings."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 (auto on TPU, SLURM)."
 )
@@ -58,6 +63,7 @@ def main(argv: list[str]) -> int:
     from common.workdir import hold
     from experiments.facts import run_facts
     from experiments.jobs import KNOWN_ERRORS, check_processes, find
+    from experiments.run import Run
 
     try:
         job = find(config["job"])
@@ -69,13 +75,22 @@ def main(argv: list[str]) -> int:
         return _fail(error)
     try:
         with hold(_WORKDIR.value) as workdir:
-            return job(config, workdir)
+            return job(Run(config, workdir, resume=_RESUME.value, **_origin()))
     except KNOWN_ERRORS as error:
         distributed.report_failure(str(error))
         return _fail(error, 1 if isinstance(error, NoSpaceError) else 2)
     except Exception as error:
         distributed.report_failure(f"{type(error).__name__}: {error}")
         raise
+
+
+def _origin() -> dict[str, Any]:
+    """Where the settings come from: the config's file, its argument, and what the command line changed."""
+    flag = flags.FLAGS["config"]
+    path, _, arg = config_flags.get_config_filename(flag).partition(":")
+    changed = config_flags.get_override_values(flag).items()
+    overrides = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in changed}
+    return {"config": path, "arg": arg, "overrides": overrides}
 
 
 def _plain(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 A table, a picture (metaopt_digits.png) and rows, in under a minute on two cores.
 """
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from common.results import ResultRow, read_rows
+from common.results import ResultRow
 from common.writers import read_rows as read_metrics
 from experiments.metaopt_grid import GridSpec
 from experiments.metaopt_job import TaskSettings, run_method, show
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_mlp import mlp_task
+from experiments.run import Run
 
 RATES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e2)
 SHOWN = {
@@ -43,12 +45,19 @@ def run(workdir: Path, methods: Sequence[str] = tuple(SHOWN), spec: GridSpec = S
     Each row is a method from one initial rate: overrides {"method", "initial_rate"}, metrics "error" (test error in [0, 1],
     mean over seeds), "learned/learning_rate", "diverged".
     """
-    workdir.mkdir(parents=True, exist_ok=True)
     task = mlp_task("digits", hidden=32)
-    values = {"name": "metaopt_digits", "task": TaskSettings("mlp", "digits", hidden=32).__dict__}
-    for name in methods:
-        run_method(task, METHODS[name], spec, workdir, values, job="metaopt_digits")
-    rows = read_rows(workdir / "results.jsonl")
+    values = {
+        "job": "metaopt_digits",
+        "name": "metaopt_digits",
+        "task": dataclasses.asdict(TaskSettings("mlp", "digits", hidden=32)),
+        "grid": dataclasses.asdict(spec),
+        "methods": methods,
+    }
+    run = Run(values, workdir, resume="changed", has_flag=False)
+    run.check(only=("methods",))
+    run.begin(0)
+    with run.clock:
+        rows = [row for name in methods for row in run_method(task, METHODS[name], spec, run)]
     show(rows, "Digits: test error after 40 epochs of SGD, by initial learning rate")
     picture(rows, workdir)
     log.info("drew %s", workdir / "metaopt_digits.png")

@@ -1,21 +1,18 @@
 """Job "metaopt_grid": methods from many initial rates on one task. Skips the methods that have their rows."""
 
 import dataclasses
-import json
 import logging
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from common.config import ConfigError, build
-from common.results import ResultRow, append_row, make_row, read_rows
+from common.results import ResultRow, append_row, read_rows
 from experiments.metaopt_gpt import gpt_task
 from experiments.metaopt_grid import GridSpec, Method, Task, diverged, run_grid, summary
 from experiments.metaopt_methods import METHODS
@@ -23,6 +20,7 @@ from experiments.metaopt_mlp import mlp_task
 from experiments.metaopt_pictures import draw
 from experiments.metaopt_resnet import resnet_task
 from experiments.metaopt_text import charrnn_task
+from experiments.run import Run, job
 
 log = logging.getLogger("triptych")
 
@@ -64,21 +62,19 @@ def open_task(settings: TaskSettings) -> Task:
         raise ConfigError(f"config.task: {error}") from error
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job(only=("methods",))
+def run(run: Run) -> int:
     """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
-    began = time.perf_counter()
-    methods, spec, settings = resolve(values)
+    methods, spec, settings = resolve(run.values)
     task = open_task(settings)
     check_batch(task, spec)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    for method in methods:
-        run_method(task, method, spec, workdir, values)
-    rows = read_rows(workdir / "results.jsonl")
+    run.begin(0)
+    rows = [row for method in methods for row in run_method(task, method, spec, run)]
     score = next(iter(rows[0].metrics))
-    show(rows, f"{values['name']}: test {score} by initial rate", score)
-    log.info("drew %s", draw(workdir, rows, [method.name for method in methods], spec, score))
-    log.info("done in %.1f minutes", (time.perf_counter() - began) / 60)
+    show(rows, f"{run.values['name']}: test {score} by initial rate", score)
+    names = [method.name for method in methods]
+    log.info("drew %s", draw(run.workdir, rows, names, spec, score))
+    log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
     return 0
 
 
@@ -106,36 +102,41 @@ def resolve(values: Mapping[str, Any]) -> tuple[list[Method], GridSpec, TaskSett
     return [METHODS[m] for m in values["methods"]], spec, settings
 
 
-def run_method(
-    task: Task,
-    method: Method,
-    spec: GridSpec,
-    workdir: Path,
-    values: Mapping[str, Any],
-    job: str = "metaopt_grid",
-) -> list[ResultRow]:
-    """Trains a method's grid and appends its rows, unless they are there."""
-    path = workdir / "results.jsonl"
-    done = [row for row in read_rows(path) if row.overrides["method"] == method.name]
-    if len(done) == len(spec.rates):
-        return done
-    began = time.perf_counter()
-    cells = run_grid(task, method, spec, workdir / method.name)
-    seconds = time.perf_counter() - began
+def run_method(task: Task, method: Method, spec: GridSpec, run: Run) -> list[ResultRow]:
+    """Trains a method's grid and appends the rows that are not there; all of its rows.
+
+    Raises:
+      ConfigError: the method has rows of another config.
+    """
+    path = run.workdir / "results.jsonl"
+    done = {row.overrides["initial_rate"]: row for row in _rows_of(method, spec, run)}
+    if done.keys() >= set(spec.rates):
+        log.info("%s: done before", method.name)
+        return [done[rate] for rate in spec.rates]
+    with run.part(method.name) as clock:
+        cells = run_grid(task, method, spec, run.workdir / method.name)
     for rate in spec.rates:
-        own = [cell for cell in cells if cell.rate == rate]
-        row = make_row(
-            job=job,
-            config=values["name"],
-            metrics=summary(own),
+        if rate in done:  # killed between two rows
+            continue
+        row = run.row(
+            summary([cell for cell in cells if cell.rate == rate]),
+            part={"method": method.name, "initial_rate": rate},
             seeds=spec.seeds,
             steps=spec.epochs * task.steps(spec.batch),
-            wall_seconds=seconds / len(spec.rates),
-            resolved={**values, "grid": dataclasses.asdict(spec)},
-            overrides={"method": method.name, "initial_rate": rate},
+            wall_seconds=clock.seconds / len(spec.rates),
         )
         append_row(path, row)
-    return [row for row in read_rows(path) if row.overrides["method"] == method.name]
+    return _rows_of(method, spec, run)
+
+
+def _rows_of(method: Method, spec: GridSpec, run: Run) -> list[ResultRow]:
+    rows = read_rows(run.workdir / "results.jsonl")
+    rows = [row for row in rows if row.overrides["method"] == method.name]
+    if not all(run.owns(row, part=True, grid=dataclasses.asdict(spec)) for row in rows):
+        raise ConfigError(
+            f"{run.workdir} has rows of {method.name} from another config: take another --workdir"
+        )
+    return rows
 
 
 @dataclass(frozen=True)

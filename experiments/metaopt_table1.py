@@ -1,19 +1,18 @@
 """Job "metaopt_table1": every row of Table 1, and each tower's rerun with the hyperparameters it ended at (section 3.1)."""
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optax
 from rich.table import Table
 
 from common.config import ConfigError, build
-from common.results import append_row, make_row, read_rows
+from common.results import append_row, read_rows
 from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
 from experiments.metaopt_job import TaskSettings, check_batch, open_task, wide_console
+from experiments.run import Run, job
 from metaopt import paper
 
 log = logging.getLogger("triptych")
@@ -77,8 +76,10 @@ ROWS = [
 ]  # fmt: skip
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job(only=("rows",))
+def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
+    values = run.values
     settings = build(TaskSettings, values["task"], "config.task.")
     spec = build(GridSpec, values["grid"], "config.grid.")
     task = open_task(settings)
@@ -87,52 +88,43 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     if unknown := [name for name in values["rows"] if name not in known]:
         raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
     chosen = [known[name] for name in values["rows"]] or ROWS
+    run.begin(0)
     for row in chosen:
-        learned = _train(task, row.name, row.make, row, spec, workdir, values)
+        learned = _train(task, row.name, row.make, row, spec, run)
         if row.rerun is not None:
             rerun = row.rerun
-            _train(
-                task,
-                f"{row.name}, rerun",
-                lambda h=learned, r=rerun: r(h),
-                row,
-                spec,
-                workdir,
-                values,
-            )
-    _show(chosen, workdir)
+            _train(task, f"{row.name}, rerun", lambda h=learned, r=rerun: r(h), row, spec, run)
+    _show(chosen, run.workdir)
+    log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
     return 0
 
 
 def _train(
-    task: Task,
-    name: str,
-    make: Make,
-    row: Row,
-    spec: GridSpec,
-    workdir: Path,
-    values: dict[str, Any],
+    task: Task, name: str, make: Make, row: Row, spec: GridSpec, run: Run
 ) -> dict[str, float]:
     """Trains one line over the seeds unless it is done; returns the mean learned values of its lowest level."""
-    path = workdir / "results.jsonl"
-    done = {r.overrides["row"]: r.metrics for r in read_rows(path)}
+    path = run.workdir / "results.jsonl"
+    rows = {r.overrides["row"]: r for r in read_rows(path)}
+    if name in rows and not run.owns(rows[name], part=True):
+        raise ConfigError(
+            f"{path} has the row of {name} from another config: take another --workdir"
+        )
+    done = {known: r.metrics for known, r in rows.items()}
     if name not in done:
         epochs = min(row.epochs, spec.epochs)
         own = GridSpec(epochs, spec.batch, (1.0,), spec.seeds, spec.save_every)
-        began = time.perf_counter()
-        folder = workdir / name.replace("/", "-").replace(" ", "")
-        metrics = summary(run_grid(task, Method(name, lambda rate: make()), own, folder))
+        folder = name.replace("/", "-").replace(" ", "")
+        with run.part(folder) as clock:
+            cells = run_grid(task, Method(name, lambda rate: make()), own, run.workdir / folder)
+        metrics = summary(cells)
         append_row(
             path,
-            make_row(
-                job="metaopt_table1",
-                config=values["name"],
-                metrics=metrics,
+            run.row(
+                metrics,
+                part={"row": name},
                 seeds=spec.seeds,
                 steps=epochs * task.steps(spec.batch),
-                wall_seconds=time.perf_counter() - began,
-                resolved=values,
-                overrides={"row": name},
+                wall_seconds=clock.seconds,
             ),
         )
         done[name] = metrics

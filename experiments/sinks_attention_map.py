@@ -8,7 +8,6 @@ to be seen.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from common.config import ConfigError, build
-from experiments.sinks_job import begin, finish, open_model, open_tokens
+from experiments.run import Run, job
+from experiments.sinks_job import open_model, open_tokens
 from sinks.cache import CacheSpec
 from sinks.maps import Maps, attention_maps, sink_share
 from sinks.progress import track
@@ -54,13 +54,14 @@ class Settings:
         return CacheSpec(self.sinks, self.recent or self.tokens)
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job()
+def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    settings = build(Settings, values)
+    settings, workdir = build(Settings, run.values), run.workdir
     spec = settings.spec
     model = open_model(settings.model)
     tokens_BT = _stretches(settings, model)
-    began = begin(workdir, values)
+    run.begin()
 
     total, batches = None, np.array_split(tokens_BT, -(-len(tokens_BT) // AT_ONCE))
     for batch in track(batches, "attention"):
@@ -83,7 +84,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         "tokens_2_to_4_share": next_LH.mean(),
         **{f"first_token_share_layer_{i}": share for i, share in enumerate(share_LH.mean(1))},
     }
-    finish(workdir, values, metrics, steps=len(tokens_BT), began=began)
+    run.finish(run.row(metrics, seeds=[0], steps=len(tokens_BT), dtype="float32"))
     log.info(
         "the first token takes %.0f %% of the attention of tokens %d to %d (tokens 2 to 4: %.1f %%), layer by layer %s",
         100 * metrics["first_token_share"], first + 1, settings.tokens, 100 * metrics["tokens_2_to_4_share"],

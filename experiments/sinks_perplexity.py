@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +21,9 @@ from common.plots import curves
 from common.results import config_hash, markdown_table, read_rows
 from common.writers import make_writer
 from common.writers import read_rows as read_metrics
-from experiments.sinks_job import begin, finish, open_model, open_tokens
+from experiments.clock import Clock
+from experiments.run import Run, job
+from experiments.sinks_job import open_model, open_tokens
 from sinks import perplexity, stream
 from sinks.loading import Model
 from sinks.perplexity import Tally
@@ -75,24 +76,25 @@ class Settings:
                     yield f"{kind} {sinks}+{size - sinks}", policy
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job(only=("policies", "cache_sizes", "sinks"))
+def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    settings = build(Settings, values)
+    settings, workdir = build(Settings, run.values), run.workdir
     model = open_model(settings.model, settings.dtype)
     _, documents = open_tokens(settings.text, model, bos=settings.bos)
     tokens = np.concatenate(documents)[: settings.tokens or None]
     if len(tokens) < max(2, settings.tokens):
         raise ConfigError(f"config.tokens={settings.tokens}: the text has {len(tokens)}")
-    begin(workdir, values)
+    run.begin(0)
     model = model._replace(params=stream.prepare(model.params, stacked=True))
     for name, policy in settings.sweep(len(tokens)):
         folder = workdir / name.replace(" ", "_")
-        if (folder / "result.json").exists():
-            log.info("%s: done before", name)
+        if _is_done(run, name, folder):
             continue
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
-        finished = _run_one(settings, values, name, policy, model, tokens, folder)
+        with run.part(folder.name) as clock:
+            finished = _run_one(settings, run, clock, name, policy, model, tokens, folder)
         draw(workdir)
         if not finished:
             log.warning("%s: stopped; start the same command again to continue", name)
@@ -101,9 +103,20 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     return 0
 
 
+def _is_done(run: Run, name: str, folder: Path) -> bool:
+    """Whether a setting has its result. Raises ConfigError where that is of another config."""
+    for row in read_rows(folder / "results.jsonl"):
+        if not run.owns(row, part=True, name=name):
+            raise ConfigError(f"{folder} holds a result of another config: take another --workdir")
+        log.info("%s: done before, see %s", name, folder / "result.json")
+        return True
+    return False
+
+
 def _run_one(
     settings: Settings,
-    values: dict[str, Any],
+    run: Run,
+    clock: Clock,
     name: str,
     policy: Policy,
     model: Model,
@@ -111,18 +124,15 @@ def _run_one(
     folder: Path,
 ) -> bool:
     """Streams the text under one policy. False: asked to stop, with the state saved."""
-    meta = {
-        "setting": name,
-        "config": config_hash({**values, "save_every": 0}),
-        "tokens": len(tokens),
-    }
+    meta = {"setting": name, "config": run.part_hash, "tokens": len(tokens)}
+    former = config_hash({**run.values, "save_every": 0})  # as older versions had it
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder / "checkpoints") as saver, PreemptionGuard() as guard:
         first, state, tally, filled, seconds = 0, None, Tally(), Tally(), 0.0
         restored = saver.restore(jax.eval_shape(lambda: policy.init(model.config)))
         if restored is not None:
             state, saved = restored
-            if {k: saved[k] for k in meta} != meta:
+            if {k: saved[k] for k in meta} not in (meta, meta | {"config": former}):
                 raise ConfigError(
                     f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
                 )
@@ -169,10 +179,11 @@ def _run_one(
     if isinstance(policy, Cached):
         metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
     log.info("%s: perplexity %.3f over %d tokens", name, tally.perplexity, tally.count)
-    finish(
-        folder, values | {"name": name}, metrics,
-        steps=tally.count, began=time.perf_counter() - seconds, seed=settings.seed,
+    row = run.row(
+        metrics, part={"setting": name}, seeds=[settings.seed], steps=tally.count,
+        dtype=settings.dtype, wall_seconds=clock.seconds,
     )  # fmt: skip
+    run.finish(row, folder)
     return True
 
 
@@ -214,7 +225,7 @@ def write_table(workdir: Path) -> str:
     ]
     cells = [
         [
-            row.config,
+            row.overrides.get("setting", row.config),
             row.metrics["perplexity"],
             row.metrics["perplexity_filled"],
             row.metrics["standard_error"],

@@ -6,6 +6,7 @@ table.md, laid out like the paper's Table 3. Interrupted, it continues where it 
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.checkpoint import Checkpointer, CheckpointSpec
+from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
 from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
@@ -36,7 +37,7 @@ from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import NonFiniteLoss, Preempted, TrainSpec, train
 from common.writers import make_writer, read_rows
 from experiments.learned_optim import optimizer_of
-from experiments.sinks_job import begin, finish
+from experiments.run import Run, job
 from sinks import maps, perplexity, text
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
@@ -128,9 +129,10 @@ class Settings:
         )
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job(only=("variants", "evaluate"))
+def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    settings = build(Settings, values)
+    settings, workdir = build(Settings, run.values), run.workdir
     try:
         recipes = {name: settings.recipe(name) for name in settings.variants}
         settings.evaluate.specs()
@@ -142,8 +144,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         raise ConfigError(f"config: {error}") from error
     # It alone writes. All train, and all measure: they are then ready for the next variant at the same time.
     first = jax.process_index() == 0
-    began = begin(workdir, values) if first else 0.0
-    metrics, table = {}, []
+    run.begin(0)
+    metrics, table, seconds = {}, [], Counter()
     for name, recipe in recipes.items():
         log.info(
             "%s: %d samples of %d bytes, %d steps",
@@ -162,16 +164,20 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             return 1
         found = measure(recipe, params, settings.evaluate, held_out)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
+        seconds.update(read_meta(workdir / name / "checkpoints").get("seconds", {}))
         table.append((name, *found.values()))
     if not first:
         return 0
     header = ("variant", *found)
     (workdir / "table.md").write_text(markdown_table(header, table))
     draw(workdir, list(recipes), metrics, list(settings.evaluate.specs()))
-    finish(
-        workdir, values, metrics, steps=settings.train.steps, began=began, seed=settings.train.seed
-    )
     log.info("perplexity per byte of held-out text\n%s", markdown_table(header, table))
+    log.info("seconds: %s", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    row = run.row(
+        metrics, seeds=[settings.train.seed], steps=settings.train.steps,
+        mesh=dict(mesh.shape), dtype=settings.compute, seconds=seconds,
+    )  # fmt: skip
+    run.finish(row)
     return 0
 
 

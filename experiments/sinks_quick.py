@@ -7,7 +7,6 @@ Table 2. Every policy predicts the same tokens; perplexities are of those predic
 import csv
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.table import Table
 
 import sinks
 from common.plots import COLORS, GREY, INK
-from common.results import append_row, make_row, read_rows
+from experiments.run import Run
 from sinks import perplexity, stream, text
 from sinks.loading import Model
 from sinks.perplexity import Tally
@@ -38,25 +37,33 @@ def run(workdir: Path, *, tokens: int = 2048, sample: int = 8, model: str = "smo
       workdir: gets results.jsonl, nll.npz (every prediction), quick.png.
       sample: re-computed predictions per chunk of 512.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    values = {
+        "job": "sinks_quick",
+        "name": "quick",
+        "model": model,
+        "tokens": tokens,
+        "sample": sample,
+    }
+    run = Run(values, workdir, has_flag=False)
+    run.check()
+    run.begin(0)
+    with run.clock:
+        return _run(run)
+
+
+def _run(run: Run) -> int:
+    workdir, tokens = run.workdir, run.values["tokens"]
     scores = workdir / "nll.npz"
     if not scores.exists():
-        nll = _score_all(sinks.load(model, dtype="bfloat16"), tokens, sample)
+        model = sinks.load(run.values["model"], dtype="bfloat16")
+        nll = _score_all(model, tokens, run.values["sample"])
         np.savez(scores.with_suffix(".new.npz"), **nll)  # type: ignore[arg-type]
         scores.with_suffix(".new.npz").rename(scores)
     with np.load(scores) as saved:
         results = summarize({name: saved[name] for name in saved.files})
-    row = make_row(
-        job="sinks_quick",
-        config="quick",
-        metrics={f"{k}/{name}": v for name, r in results.items() for k, v in r.items()},
-        seeds=[0],
-        steps=tokens,
-        wall_seconds=time.perf_counter() - began,
-    )
-    if not read_rows(workdir / "results.jsonl"):
-        append_row(workdir / "results.jsonl", row)
+    if not run.done():
+        metrics = {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()}
+        run.finish(run.row(metrics, seeds=[0], steps=tokens, dtype="bfloat16"))
     show(results)
     draw(results, workdir / "quick.png")
     log.info("drew %s", workdir / "quick.png")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from common.config import ConfigError, build
+from common.config import build
 from common.plots import COLORS, INK
-from common.results import config_hash, markdown_table
-from experiments.sinks_job import begin, finish, open_model
+from common.results import markdown_table
+from experiments.clock import write_json
+from experiments.run import Run, job
+from experiments.sinks_job import open_model
 from sinks import cache, stream
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
@@ -63,18 +64,15 @@ class Settings:
         return CacheSpec(sinks, size - sinks, self.dtype, int8=policy == "sinks_int8")
 
 
-def run(values: dict[str, Any], workdir: Path) -> int:
+@job(only=("policies", "cache_sizes"))
+def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    settings = build(Settings, values)
-    path, of = workdir / "measured.json", config_hash(values)
-    kept = json.loads(path.read_text()) if path.exists() else {"config": of, "ms": {}}
-    if kept["config"] != of:
-        raise ConfigError(
-            f"{path} is of another config: take another --workdir, or remove the file"
-        )
+    settings, workdir = build(Settings, run.values), run.workdir
+    path = workdir / "measured.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"ms": {}}
     model = open_model(settings.model, settings.dtype)
     model = model._replace(params=stream.prepare(model.params))
-    began = begin(workdir, values)
+    run.begin(0)
     sweep = [(policy, size) for policy in settings.policies for size in settings.cache_sizes]
     measured: dict[str, float] = kept["ms"]
     for policy, size in track(sweep, "measuring", transient=True):
@@ -83,7 +81,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             continue
         step = _recompute if policy == "recompute" else _decode
         measured[name] = 1e3 * _median(step(settings, model, policy, size), settings.tokens)
-        path.write_text(json.dumps(kept))
+        write_json(path, kept)
         log.info("%s: %.1f ms", name, measured[name])
     ms = {(policy, size): measured[f"{policy} {size}"] for policy, size in sweep}
     held = {
@@ -94,9 +92,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     metrics = {f"ms_per_token/{policy}/{size}": v for (policy, size), v in ms.items()}
     metrics |= {f"cache_bytes/{policy}/{size}": float(v) for (policy, size), v in held.items()}
     weights = sum(p.nbytes for p in jax.tree.leaves(model.params))
-    finish(
-        workdir, values, metrics | {"weight_bytes": float(weights)}, steps=len(sweep), began=began
-    )
+    metrics |= {"weight_bytes": float(weights)}
     rows = [
         [size]
         + [ms[policy, size] for policy in settings.policies]
@@ -109,6 +105,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     (workdir / "table.md").write_text(table)
     log.info("ms per token of %d streams, and the cache's bytes:\n%s", settings.batch, table)
     draw(settings, ms, workdir / "speed.png")
+    run.finish(run.row(metrics, seeds=[0], steps=len(sweep), dtype=settings.dtype))
     return 0
 
 

@@ -20,7 +20,8 @@ from common.config import ConfigError, build
 from common.plots import COLORS
 from common.results import markdown_table
 from common.writers import complete_lines
-from experiments.sinks_job import begin, finish, open_model
+from experiments.run import Run, job
+from experiments.sinks_job import open_model
 from sinks import stream, tasks
 from sinks.cache import CacheSpec
 from sinks.loading import Model
@@ -82,20 +83,25 @@ class QASettings(Settings):
 Texts = list[tuple[np.ndarray, tuple[tasks.Answer, ...]]]  # token ids and answers
 
 
-def run_streameval(values: dict[str, Any], workdir: Path) -> int:
+PARTS = ("policies", "cache_sizes", "sinks")  # the settings that only say which rows there are
+
+
+@job(only=PARTS)
+def run_streameval(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    s = build(StreamEvalSettings, values)
+    s = build(StreamEvalSettings, run.values)
     try:
         maker = tasks.StreamEval(s.queries, s.every, s.distances, s.digits, s.keys)
     except ValueError as error:
         raise ConfigError(f"config: {error}") from error
     made = [maker.task(s.seed + i) for i in range(s.samples)]
-    return _run(s, values, workdir, lambda alone: made, "lines back")
+    return _run(s, run, lambda alone: made, "lines back")
 
 
-def run_qa_stream(values: dict[str, Any], workdir: Path) -> int:
+@job(only=PARTS)
+def run_qa_stream(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    s = build(QASettings, values)
+    s = build(QASettings, run.values)
     if s.count < 1:
         raise ConfigError(f"config.count={s.count}: at least 1")
     try:
@@ -108,21 +114,16 @@ def run_qa_stream(values: dict[str, Any], workdir: Path) -> int:
             return tasks.qa_alone(questions, s.count, s.seed)
         return [tasks.qa_stream(questions, s.count, s.seed + i) for i in range(s.samples)]
 
-    return _run(s, values, workdir, make, "time that a question is asked")
+    return _run(s, run, make, "time that a question is asked")
 
 
-def _run(
-    s: Settings,
-    values: dict[str, Any],
-    workdir: Path,
-    make: Callable[[bool], list[tasks.Task]],
-    kinds: str,
-) -> int:
-    rows = _rows_before(workdir, values)
+def _run(s: Settings, run: Run, make: Callable[[bool], list[tasks.Task]], kinds: str) -> int:
+    workdir = run.workdir
+    rows = _rows_before(workdir)
     model = open_model(s.model)
     for spec in filter(None, s.runs().values()):
         stream.check_spec(model.config, spec)
-    began = begin(workdir, values)
+    run.begin(0)
     for name, spec in s.runs().items():
         if name in {row["policy"] for row in rows}:
             continue
@@ -131,25 +132,22 @@ def _run(
         scratch = workdir / "rows.jsonl.part"
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
         scratch.replace(workdir / "rows.jsonl")
+    rows = [row for name in s.runs() for row in rows if row["policy"] == name]
     draw(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
     metrics = {f"accuracy/{row['policy']}": row["right"] / row["asked"] for row in rows}
     for row in rows:
         metrics |= {f"accuracy/{row['policy']}/{k}": n / of for k, (n, of) in row["kinds"].items()}
-    finish(workdir, values, metrics, steps=sum(r["tokens"] for r in rows), began=began, seed=s.seed)
+    steps = sum(row["tokens"] for row in rows)
+    run.finish(run.row(metrics, seeds=[s.seed], steps=steps, dtype="float32"))
     header = ("policy", "right", "asked", "accuracy %", "standard error", "tokens/s")
     log.info(markdown_table(header, [_table_row(row) for row in rows]))
     return 0
 
 
-def _rows_before(workdir: Path, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier start in this workdir. Raises ConfigError where its settings were others."""
+def _rows_before(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier start in this workdir."""
     if not (workdir / "rows.jsonl").exists():
         return []
-    before, now = json.loads((workdir / "config.json").read_text()), json.loads(json.dumps(values))
-    if changed := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
-        raise ConfigError(
-            f"{workdir} holds a run with other settings ({', '.join(changed)}): choose another --workdir"
-        )
     return [json.loads(line) for line in complete_lines(workdir / "rows.jsonl")]
 
 

@@ -6,12 +6,10 @@ import json
 import math
 import re
 import socket
-import subprocess
 import threading
 
 import pytest
 
-from common import results
 from common.results import (
     Summary,
     append_row,
@@ -58,7 +56,7 @@ def test_a_row_says_what_was_run():
     assert re.fullmatch(r"vits16-[0-9a-f]{8}", r.id)
     assert r.config == "vits16" and r.seeds == (7,) and r.wall_seconds == 1.235
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", r.date)
-    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", r.commit)
+    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty|\+unchecked)?|v[\d.]+|unknown", r.commit)
     assert {"python", "jax", "flax", "optax"} <= r.versions.keys()
     assert re.search(r"\d+ cores", r.hardware)
 
@@ -70,6 +68,8 @@ def test_different_runs_have_different_ids():
 def test_rows_hold_no_host_name_and_no_path(tmp_path):
     r = row(
         config=str(tmp_path / "mine.py"),
+        arg=f"smoke,model={tmp_path}/model",
+        changes=[{"step": 3, "config.data.name": [f"folder:{tmp_path}", "scenes"]}],
         overrides={"data.dir": str(tmp_path), "init": f"from={tmp_path}/step_3", "variant": "S/16"},
     )
     text = json.dumps(dataclasses.asdict(r))
@@ -83,6 +83,8 @@ def test_rows_hold_no_host_name_and_no_path(tmp_path):
         ("/home/me/data", "data"),
         ("~/data/x.bin", "x.bin"),
         ("gs://bucket/run", "gs://bucket/run"),
+        ("folder:/home/me/images", "folder:images"),
+        ("/home/me/images/", "images/"),
         ("configs/jepa/a.py", "configs/jepa/a.py"),
         ("['/a/b', '/c/d']", "['b', 'd']"),
         (3, 3),
@@ -97,6 +99,15 @@ def test_the_config_hash_depends_on_values_only():
     assert a == config_hash({"y": {"z": [1, 2]}, "x": 1})
     assert a != config_hash({"x": 1, "y": {"z": [1, 3]}})
     assert len(a) == 12
+
+
+def test_rows_from_before_a_field_was_recorded_are_read(tmp_path):
+    old = dataclasses.asdict(row())
+    for name in ("changes", "processes", "devices", "mesh", "dtype", "seconds"):
+        del old[name]
+    (tmp_path / "r.jsonl").write_text(json.dumps(old) + "\n")
+    (back,) = read_rows(tmp_path / "r.jsonl")
+    assert back.metrics == old["metrics"] and (back.changes, back.devices) == ((), 0)
 
 
 def test_a_torn_line_is_cut_before_the_next_row(tmp_path):
@@ -171,26 +182,3 @@ def test_tables_align_numbers_and_escape_bars():
     assert markdown_table(["a", "b"], []) == "| a | b |\n| --- | --- |\n"
     with pytest.raises(ValueError, match="2 cells"):
         markdown_table(["a", "b"], [[1]])
-
-
-def test_no_commit_is_claimed_outside_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
-    assert results.environment()["commit"] == "unknown"
-
-
-def test_the_commit_is_of_the_checkout_that_holds_the_code(tmp_path, monkeypatch):
-    def git(*args):
-        user = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        subprocess.run(["git", "-C", tmp_path, *user, *args], check=True, capture_output=True)
-
-    code = tmp_path / "results.py"
-    monkeypatch.setattr(results, "__file__", str(code))
-    code.touch()
-    git("init")
-    git("commit", "--allow-empty", "-m", "a repository that merely surrounds an installed package")
-    assert results.environment()["commit"] == "unknown"
-    git("add", "results.py")
-    git("commit", "-m", "code")
-    assert re.fullmatch(r"[0-9a-f]{40}", results.environment()["commit"])
-    code.write_text("changed")
-    assert re.fullmatch(r"[0-9a-f]{40}\+dirty", results.environment()["commit"])

@@ -9,6 +9,7 @@ import pytest
 import experiments.configs.jepa as folder
 from experiments import jepa_pretrain
 from experiments.jepa_settings import resolve
+from experiments.run import Run
 
 CONFIGS = sorted(
     name for _, name, _ in pkgutil.iter_modules(folder.__path__) if name not in ("base", "released")
@@ -45,6 +46,6 @@ def test_full_size_builds(name):
 def test_smoke_trains_three_steps(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
     values = config(name, "smoke")
-    assert jepa_pretrain.run(values, tmp_path) == 0
+    assert jepa_pretrain.run(Run(values, tmp_path)) == 0
     for file in ("config.json", "metrics.jsonl", "curves.png", "result.json", "checkpoints/3"):
         assert (tmp_path / file).exists(), file

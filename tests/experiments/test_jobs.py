@@ -12,6 +12,7 @@ from common.results import read_rows
 from experiments import jepa_baselines
 from experiments.configs.jepa.cifar10 import get_config
 from experiments.jobs import JOBS, find
+from experiments.run import Run
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -40,11 +41,15 @@ def test_baselines_leave_a_row_each_and_are_not_done_again(tmp_path, monkeypatch
     monkeypatch.setattr(jepa_baselines, "linear_probes", probes)
     values = get_config("smoke").to_dict()
     for _ in range(2):
-        assert find("jepa_baselines")(values, tmp_path) == 0
+        assert find("jepa_baselines")(Run(values, tmp_path)) == 0
     rows = read_rows(tmp_path / "results.jsonl")
     assert [row.job for row in rows] == ["baseline_untrained", "baseline_pixels"]
     assert probed == ["untrained encoder", "raw pixels"]  # the second call found their rows
     assert all(row.metrics["linear_label"] > 0 for row in rows)
+    for resume in ("same", "changed"):
+        other = values | {"train": values["train"] | {"seed": 1}}
+        with pytest.raises(ConfigError, match=r"config\.train\.seed: saved 0, now 1"):
+            find("jepa_baselines")(Run(other, tmp_path, resume=resume))
     pixels = rows[1].metrics
     assert pixels["linear_label/last"] == pixels["linear_label/last4"] > 0.3  # digits, 10 classes
 

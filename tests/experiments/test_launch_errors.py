@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.state import state_shardings
 from common.train_loop import Preempted
-from experiments import jepa_pretrain, launch
+from experiments import jepa_pretrain, jobs, launch
 
 CONFIG = "experiments/configs/jepa/scenes.py"
 SMOKE = f"--config={CONFIG}:smoke"
@@ -163,6 +163,33 @@ def test_a_missing_folder_is_named(refusal, tmp_path):
     assert f"{tmp_path}/no" in refusal(SMOKE, f"--config.data.name=folder:{tmp_path}/no")
 
 
+def test_another_rate_does_not_continue_a_run_without_a_word(refusal, start, begun):
+    before = begun()
+    faster = "--config.optim.lr=0.05"
+    text = refusal(*RESUMED, faster, lines=3)
+    assert "\n  config.optim.lr: saved 0.001, now 0.05\n" in text
+    assert "another --workdir" in text and "--resume=changed" in text
+    assert begun() == before
+    with pytest.raises(Computed):
+        start(*RESUMED, faster, "--resume=changed")
+    free = ["--config.mesh.fsdp=1", "--config.train.log_every=7", "--config.train.save_every=9"]
+    with pytest.raises(Computed):
+        start(*RESUMED, *free)
+
+
+def test_a_run_knows_what_the_command_line_changed(start, monkeypatch):
+    runs = []
+    monkeypatch.setattr(jobs, "find", lambda name: lambda run: runs.append(run) or 0)
+    start(f"{SMOKE},seed=3", "--config.optim.lr=0.5", "--config.data.crop_scale=(0.5, 1.0)")
+    (run,) = runs
+    assert (run.config, run.arg, run.resume) == (CONFIG, "smoke,seed=3", "same")
+    assert run.overrides == {"optim.lr": 0.5, "data.crop_scale": (0.5, 1.0)}
+
+
+def test_resume_has_two_values(refusal):
+    assert "same|changed" in refusal(SMOKE, "--resume=yes")
+
+
 def test_a_workdir_is_needed(refusal):
     assert "--workdir" in refusal(SMOKE, workdir=None)
 
@@ -215,9 +242,8 @@ def begun(start, tmp_path):
 )
 def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
     before = begun()
-    text = refusal(
-        *RESUMED, f"--config.{setting}", train=jepa_pretrain.train, lines=2 + len(differences)
-    )
+    arguments = (*RESUMED, f"--config.{setting}", "--resume=changed")
+    text = refusal(*arguments, train=jepa_pretrain.train, lines=2 + len(differences))
     assert "trained on other data" in text and "Restore the saved settings" in text
     assert [words for words in differences if words not in text] == [], text
     assert begun() == before, "the record of the run is left alone"
@@ -226,7 +252,7 @@ def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
 def test_another_model_cannot_continue_a_run(refusal, begun):
     before = begun()
     hidden = "--config.model.hidden=128"  # 3 arrays, each with a target and two moments
-    text = refusal(*RESUMED, hidden, train=jepa_pretrain.train, lines=1 + 3 * 4)
+    text = refusal(*RESUMED, hidden, "--resume=changed", train=jepa_pretrain.train, lines=1 + 3 * 4)
     assert "holds another model. Use the config it was saved with" in text
     assert "misshapen: params/encoder/blocks/mlp/up/kernel is float32[2, 32, 64]" in text
     assert begun() == before

@@ -15,6 +15,7 @@ from common.train_step import make_train_step
 from experiments import jepa_pretrain
 from experiments.configs.jepa.scenes import get_config
 from experiments.jepa_settings import resolve
+from experiments.run import Run
 from jepa.recipe import AddMasks
 
 
@@ -71,7 +72,7 @@ def test_a_run_logs_what_it_learned_and_continues(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     values = config().to_dict()
-    assert jepa_pretrain.run(values, whole) == 0
+    assert jepa_pretrain.run(Run(values, whole)) == 0
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     rates = [row["lr"] for row in rows if "lr" in row]
     assert len(rates) == 3 and len(set(rates)) > 1
@@ -88,7 +89,7 @@ def test_a_run_logs_what_it_learned_and_continues(tmp_path, monkeypatch):
 
         patch.setattr(train_loop.Checkpointer, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            jepa_pretrain.run(values, parts)
-    assert jepa_pretrain.run(values, parts) == 0
+            jepa_pretrain.run(Run(values, parts))
+    assert jepa_pretrain.run(Run(values, parts)) == 0
     again = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in again if "lr" in row] == rates

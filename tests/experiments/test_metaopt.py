@@ -16,6 +16,7 @@ from experiments.jobs import JOBS
 from experiments.metaopt_grid import GridSpec, Method, run_grid
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_mlp import mlp_task
+from experiments.run import Run
 
 CONFIGS = sorted(name for _, name, _ in pkgutil.iter_modules(folder.__path__) if name != "base")
 SPEC = GridSpec(epochs=2, batch=64, rates=(1e-3, 1.0), seeds=(0, 1), save_every=1)
@@ -46,7 +47,7 @@ def test_full_size_builds(name):
 @pytest.mark.parametrize("name", ["charrnn", "cifar10_resnet20", "gpt", "robustness"])
 def test_smoke_trains_and_draws(name, tmp_path):
     values = config(name, "smoke")
-    assert metaopt_job.run(values, tmp_path) == 0
+    assert metaopt_job.run(Run(values, tmp_path)) == 0
     rows = read_rows(tmp_path / "results.jsonl")
     assert len(rows) == 4 and (tmp_path / "grid.png").stat().st_size > 10_000
     score = next(iter(rows[0].metrics))
@@ -107,7 +108,7 @@ def jax_nan():
 def test_the_job_writes_rows_once(tmp_path, capsys):
     values = config("mnist_towers", "smoke")
     for _ in range(2):
-        assert metaopt_job.run(values, tmp_path) == 0
+        assert metaopt_job.run(Run(values, tmp_path)) == 0
     rows = read_rows(tmp_path / "results.jsonl")
     assert [(r.overrides["method"], r.overrides["initial_rate"]) for r in rows] == [
         (m, rate) for m in values["methods"] for rate in values["grid"]["rates"]
@@ -117,7 +118,7 @@ def test_the_job_writes_rows_once(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_table_1_reruns_each_tower_with_what_it_learned(tmp_path, capsys):
-    assert metaopt_table1.run(config("mnist_table1", "smoke"), tmp_path) == 0
+    assert metaopt_table1.run(Run(config("mnist_table1", "smoke"), tmp_path)) == 0
     names = [row.overrides["row"] for row in read_rows(tmp_path / "results.jsonl")]
     assert names == ["SGD(0.01)", "SGD/SGD(0.01)", "SGD/SGD(0.01), rerun"]
     assert "5.44" in capsys.readouterr().out  # the paper's, beside it

@@ -8,6 +8,7 @@ import pytest
 from common.config import ConfigError
 from experiments import sinks_attention_map
 from experiments.configs.sinks.attention_map import get_config
+from experiments.run import Run
 from tests.sinks.checkpoints import H, L, byte_level_folder
 
 
@@ -20,7 +21,7 @@ def settings(folder, **changes):
 @pytest.mark.filterwarnings("ignore:.*perplexity")  # the model is untrained
 def test_the_job_draws_every_head(tmp_path):
     values = settings(tmp_path, sinks=2, recent=6)
-    assert sinks_attention_map.run(values, tmp_path / "run") == 0
+    assert sinks_attention_map.run(Run(values, tmp_path / "run")) == 0
     for file in ("attention.png", "heads.png", "config.json", "results.jsonl"):
         assert (tmp_path / "run" / file).exists(), file
     maps = np.load(tmp_path / "run" / "maps.npz")
@@ -46,5 +47,5 @@ def test_the_job_draws_every_head(tmp_path):
 def test_settings_that_cannot_be_used_are_refused(tmp_path, changes, message):
     values = settings(tmp_path) | changes
     with pytest.raises(ConfigError, match=message):
-        sinks_attention_map.run(values, tmp_path / "run")
+        sinks_attention_map.run(Run(values, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

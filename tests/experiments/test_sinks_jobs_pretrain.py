@@ -8,6 +8,7 @@ import pytest
 from common.config import ConfigError
 from experiments import sinks_pretrain
 from experiments.configs.sinks.pretrain import get_config
+from experiments.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def one_device(monkeypatch):
 @pytest.mark.slow
 def test_smoke_trains_and_measures_every_variant(tmp_path, monkeypatch):
     values = get_config("smoke").to_dict()
-    assert sinks_pretrain.run(values, tmp_path) == 0
+    assert sinks_pretrain.run(Run(values, tmp_path)) == 0
     metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
     wanted = {f"{v}/{m}" for v in values["variants"] for m in ("0+16", "1+15", "sink share")}
     assert metrics.keys() == wanted
@@ -30,7 +31,7 @@ def test_smoke_trains_and_measures_every_variant(tmp_path, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(sinks_pretrain, "train_batches", no_batches)
-    assert sinks_pretrain.run(values, tmp_path) == 0
+    assert sinks_pretrain.run(Run(values, tmp_path)) == 0
     assert json.loads((tmp_path / "result.json").read_text())["metrics"] == metrics
 
 
@@ -50,5 +51,5 @@ def test_settings_that_cannot_be_used_are_refused(tmp_path, group, changes, mess
     values = get_config("smoke").to_dict()
     (values if group is None else values[group]).update(changes)
     with pytest.raises(ConfigError, match=message):
-        sinks_pretrain.run(values, tmp_path / "run")
+        sinks_pretrain.run(Run(values, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ import pytest
 from common.config import ConfigError
 from experiments import sinks_tasks
 from experiments.configs.sinks import qa_stream, streameval
+from experiments.run import Run
 from tests.sinks.checkpoints import byte_level_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*perplexity", "ignore:.*was trained for")
@@ -26,7 +27,7 @@ def settings(job, folder, **changes):
 def test_every_policy_answers_every_question(job, tmp_path, monkeypatch):
     _, run, policies, asked = JOBS[job]
     values, workdir = settings(job, tmp_path), tmp_path / "run"
-    assert run(values, workdir) == 0
+    assert run(Run(values, workdir)) == 0
     rows = [json.loads(line) for line in (workdir / "rows.jsonl").read_text().splitlines()]
     assert [row["policy"] for row in rows] == policies
     assert all(row["asked"] == asked and 0 <= row["right"] <= asked for row in rows)
@@ -36,17 +37,18 @@ def test_every_policy_answers_every_question(job, tmp_path, monkeypatch):
     assert (workdir / "accuracy.png").exists()
 
     # killed before the last row was whole: the others are not computed again
+    (workdir / "result.json").unlink()
     text = (workdir / "rows.jsonl").read_text().splitlines(keepends=True)
     (workdir / "rows.jsonl").write_text("".join(text[:-1]) + text[-1][:20])
     computed = []
     answer = sinks_tasks._answer
     monkeypatch.setattr(sinks_tasks, "_answer", lambda *a: computed.append(a[-1]) or answer(*a))
-    assert run(values, workdir) == 0
+    assert run(Run(values, workdir)) == 0
     assert computed == policies[-1:]
     again = json.loads((workdir / "result.json").read_text())["metrics"]
     assert again == metrics
-    with pytest.raises(ConfigError, match=r"other settings \(sinks\): choose another --workdir"):
-        run(values | {"sinks": 3}, workdir)
+    with pytest.raises(ConfigError, match=r"config\.samples: saved \d+, now 99"):
+        run(Run(values | {"samples": 99}, workdir))
 
 
 @pytest.mark.parametrize(
@@ -61,4 +63,4 @@ def test_every_policy_answers_every_question(job, tmp_path, monkeypatch):
 )
 def test_settings_that_cannot_be_used_are_refused(job, changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        JOBS[job][1](settings(job, tmp_path) | changes, tmp_path / "run")
+        JOBS[job][1](Run(settings(job, tmp_path) | changes, tmp_path / "run"))

@@ -7,6 +7,7 @@ import pytest
 from common.config import ConfigError
 from experiments import sinks_speed
 from experiments.configs.sinks.speed import get_config
+from experiments.run import Run
 from tests.sinks.checkpoints import byte_level_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*perplexity")
@@ -19,7 +20,7 @@ def settings(folder, **changes):
 
 
 def test_every_policy_and_size_is_timed(tmp_path):
-    assert sinks_speed.run(settings(tmp_path, batch=2), tmp_path / "run") == 0
+    assert sinks_speed.run(Run(settings(tmp_path, batch=2), tmp_path / "run")) == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
     for policy in sinks_speed.POLICIES:
         assert metrics[f"ms_per_token/{policy}/32"] > 0
@@ -39,14 +40,14 @@ def test_a_stopped_job_keeps_what_it_measured(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sinks_speed, "_median", median)
     with pytest.raises(KeyboardInterrupt):
-        sinks_speed.run(values, tmp_path / "run")
+        sinks_speed.run(Run(values, tmp_path / "run"))
     first = json.loads((tmp_path / "run" / "measured.json").read_text())["ms"]
-    assert sinks_speed.run(values, tmp_path / "run") == 0
+    assert sinks_speed.run(Run(values, tmp_path / "run")) == 0
     assert len(first) == 2 and len(calls) == 3 + len(sinks_speed.POLICIES) * 2 - 2
     after = json.loads((tmp_path / "run" / "measured.json").read_text())["ms"]
     assert first.items() <= after.items()
-    with pytest.raises(ConfigError, match="of another config"):
-        sinks_speed.run(values | {"batch": 2}, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"config\.batch: saved 1, now 2"):
+        sinks_speed.run(Run(values | {"batch": 2}, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -59,4 +60,4 @@ def test_a_stopped_job_keeps_what_it_measured(tmp_path, monkeypatch):
 )
 def test_settings_that_cannot_be_used_are_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        sinks_speed.run(settings(tmp_path) | changes, tmp_path / "run")
+        sinks_speed.run(Run(settings(tmp_path) | changes, tmp_path / "run"))
