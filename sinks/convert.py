@@ -14,6 +14,7 @@ import numpy as np
 
 from sinks import params as layouts
 from sinks.config import ModelConfig
+from sinks.fields import shown
 from sinks.progress import track
 from sinks.weights import Tensor
 
@@ -166,7 +167,7 @@ def model_params(
                 view[...] = part if slot == "embed" else part.T
             if not _finite(view):
                 raise ValueError(
-                    f"{tensor.file}: {tensor.name} holds values that are NaN, infinite or too large for "
+                    f"{tensor.file}: {shown(tensor.name)} holds values that are NaN, infinite or too large for "
                     f"{np.dtype(dtype).name}: the file is damaged, fetch it again"
                 )
     return params
@@ -187,7 +188,8 @@ def _match(
     for name, tensor in tensors.items():
         if not (slots := _slots(name, names, config)):
             continue
-        found, there = [shapes.pop(slot) for slot in slots if slot in shapes], tensor.name or name
+        found = [shapes.pop(slot) for slot in slots if slot in shapes]
+        there = shown(tensor.name or name)
         if len(found) < len(slots):
             problems.append(f"unexpected: {there}")
             continue

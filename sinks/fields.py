@@ -114,15 +114,21 @@ def _simple(v: Any) -> bool:
     return v is None or isinstance(v, str | int | float | bool)
 
 
+def shown(name: str) -> str:
+    """A name out of a file as it can be printed: a damaged one may be long, or hold what moves a terminal's cursor."""
+    return name if name.isprintable() and 0 < len(name) <= 200 else repr(name[:80])
+
+
 def _show(value: Any) -> str:
     """A value as its file has it; of a long one, its kind or its beginning."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
+    if isinstance(value, list) and len(value) > 8:
         return f"a list of {len(value)}"
-    if isinstance(value, dict):
-        return f"an object of {len(value)}"
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4300 digits in a list
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

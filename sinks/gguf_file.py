@@ -16,7 +16,7 @@ import numpy as np
 
 from sinks import fields
 from sinks.config import ModelConfig, RopeScaling
-from sinks.fields import TEXT, Field, count, number, one_of
+from sinks.fields import TEXT, Field, Kind, count, number
 from sinks.weights import Tensor
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -41,7 +41,8 @@ _TOP_THERE, _BLOCK_THERE = ({there: here for here, there in t.items()} for t in 
 
 # What the metadata may say. Most sizes may also be a list with a value for each block, which our models are not.
 _SIZE = Field(count())
-_ALIGN = {"general.alignment": Field(one_of(*(2**i for i in range(3, 17))), default=32)}
+_POWER = Kind("a power of two from 8 to 65536", lambda v: v in [2**i for i in range(3, 17)])
+_ALIGN = {"general.alignment": Field(_POWER, default=32)}
 _GENERAL = {
     "general.architecture": Field(TEXT),
     "split.count": Field(count(0), default=0),
@@ -67,6 +68,9 @@ _LLAMA = {
     "rope.scale_linear": Field(number(0, 1e6, or_equal=True), default=None),
 }
 _DEEPEST = 4  # arrays within arrays; none are in use
+_LONGEST_NAME = (
+    256  # characters; llama.cpp's limits are 64 for a tensor and, in use, as much for a key
+)
 _LONGEST = 1 << 24  # values of an array: several times any vocabulary
 
 
@@ -106,7 +110,7 @@ def read(path: str | Path) -> GGUF:
         raise ValueError(f"{path} is GGUF version {version}: 2 and 3 (little-endian) can be read")
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
-        key = header.string()
+        key = header.name()
         if key in metadata:
             raise ValueError(f"{path} has {key} twice: it is damaged")
         metadata[key] = header.value(key, *header.unpack("I"))
@@ -136,6 +140,15 @@ class _Header:
     def string(self) -> str:
         return str(self.take(*self.unpack("Q")), "utf-8", "replace")
 
+    def name(self) -> str:
+        """Of a key or a tensor: short, and of printable ASCII characters."""
+        name = self.string()
+        if not (0 < len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable()):
+            raise ValueError(
+                f"{self.path} has a name of {len(name)} characters, {name[:40]!r}: it is damaged"
+            )
+        return name
+
     def value(self, key: str, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
@@ -153,7 +166,7 @@ class _Header:
 
 
 def _info(header: _Header) -> _Info:
-    name, (rank,) = header.string(), header.unpack("I")
+    name, (rank,) = header.name(), header.unpack("I")
     if not 1 <= rank <= 4:
         raise ValueError(f"{header.path}: {name} has {rank} axes, a tensor has 1 to 4")
     shape = header.unpack(f"{rank}Q")[::-1]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from sinks.fields import shown
+
 INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 _HUB_FILES = [
@@ -54,7 +56,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         found = _open(file)
         if twice := sorted(tensors.keys() & found.keys()):
             raise ValueError(
-                f"{file} holds {twice[0]}, and so does {tensors[twice[0]].file}: one of the two is left over from "
+                f"{file} holds {shown(twice[0])}, and so does {tensors[twice[0]].file}: one of the two is left over from "
                 "another checkpoint"
             )
         tensors |= found
@@ -93,7 +95,8 @@ def _indexed(index: Path) -> list[str]:
     for tensor, name in where.items():
         if not (isinstance(name, str) and re.fullmatch(r"[^/\\:\0]+\.safetensors", name)):
             raise ValueError(
-                f"{index} says that {tensor} is in {name!r}: that is no name of a .safetensors file beside it"
+                f"{index} says that {shown(tensor)} is in {str(name)[:80]!r}: that is no .safetensors file "
+                "beside it"
             )
     return sorted(set(where.values()))
 
