@@ -41,7 +41,10 @@ _TOP_THERE, _BLOCK_THERE = ({there: here for here, there in t.items()} for t in 
 
 # What the metadata may say. Most sizes may also be a list with a value for each block, which our models are not.
 _SIZE = Field(count())
-_POWER = Kind("a power of two from 8 to 65536", lambda v: v in [2**i for i in range(3, 17)])
+_POWER = Kind(
+    "a power of two from 8 to 65536",
+    lambda v: count(8, 65536).holds(v) and not v & (v - 1),
+)
 _ALIGN = {"general.alignment": Field(_POWER, default=32)}
 _GENERAL = {
     "general.architecture": Field(TEXT),
@@ -267,12 +270,18 @@ def llama_config(file: GGUF, path: str | Path) -> ModelConfig:
         raise ValueError(f"{path} holds no {' and no '.join(sorted(missing))}")
     heads, width = keys["attention.head_count"], keys["embedding_length"]
     head_dim = keys["attention.key_length"] or width // heads
+    vocab = file.tensors["token_embd.weight"].shape[0]
     bos, eos = (general[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos"))
+    for kind, token in (("bos", bos), ("eos", eos)):
+        if token is not None and token >= vocab:
+            raise ValueError(
+                f"{path}: tokenizer.ggml.{kind}_token_id={token}, token_embd.weight has {vocab} rows"
+            )
     try:
         _check_heads(keys, head_dim)
         return ModelConfig(
             family="llama",
-            vocab_size=file.tensors["token_embd.weight"].shape[0],
+            vocab_size=vocab,
             width=width,
             depth=keys["block_count"],
             heads=heads,
