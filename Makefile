@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 
-.PHONY: help reproduce test test-fast test-peers check lint format types boundaries bench notebooks tables preflight clean
+.PHONY: help reproduce test test-fast test-peers test-fuzz check lint format types boundaries bench notebooks tables preflight clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -14,16 +14,19 @@ reproduce: $(VENV)/base  ## the three papers' effects on embedded data: tables, 
 	$(BIN)/python -m experiments.reproduce
 
 test: $(VENV)/dev  ## all tests that need no torch
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=12 -m "not peers and not aot"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=12 -m "not peers and not aot and not fuzz"
 
 test-fast: $(VENV)/dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not multiproc and not peers and not aot"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not multiproc and not peers and not aot and not fuzz"
 
 test-peers: $(VENV)/peers  ## parity with live peers (torch, transformers)
 	$(BIN)/python -m pytest -n 2 -m peers
 
 test-aot: $(VENV)/tpu  ## compile the released recipes for a TPU pod, without hardware
 	$(BIN)/python -m pytest -m aot
+
+test-fuzz: $(VENV)/dev  ## damaged weight files by the hundred (FUZZ_SEEDS=5,6 for other ones)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz
 
 check: lint types boundaries  ## lint, types, import rules
 

@@ -5,7 +5,7 @@ import numpy as np
 import sinks
 from common.config import ConfigError
 from sinks import text
-from sinks.loading import Model
+from sinks.loading import DTYPES, Model
 
 
 def open_model(name: str, dtype: str = "float32") -> Model:
@@ -13,7 +13,8 @@ def open_model(name: str, dtype: str = "float32") -> Model:
     try:
         return sinks.load(name, dtype=dtype)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"config.model: {error}") from error
+        setting = "model" if dtype in DTYPES else "dtype"
+        raise ConfigError(f"config.{setting}: {error}") from error
 
 
 def open_tokens(

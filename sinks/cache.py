@@ -95,6 +95,8 @@ def abstract(
     """The cache as shapes."""
     G, K, S, R = config.kv_heads, config.head_dim, spec.sinks, spec.recent
     dtype = jnp.dtype(spec.dtype)
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:  # would be float32 without a word
+        raise ValueError("cache dtype 'float64' needs JAX's 64-bit mode: jax.enable_x64(True)")
     rows = (config.depth, batch, G)
     sink = jax.ShapeDtypeStruct((*rows, S, K), dtype)
     lead = rows if stacked else rows[1:]

@@ -2,9 +2,28 @@
 
 from dataclasses import dataclass
 
+from sinks.fields import FLAG, LARGEST, Kind, count, number, one_of
+
 FAMILIES = ("llama", "neox", "mpt", "falcon")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 SINK_LOGITS = ("none", "zero", "learned")
+
+_SIZE, _POSITIVE, _THETA = count(), number(0, LARGEST), number(1, 1e15)
+_KINDS: dict[str, Kind] = {
+    "family": one_of(*FAMILIES),
+    "activation": one_of(*ACTIVATIONS),
+    "sink_logits": one_of(*SINK_LOGITS),
+    **dict.fromkeys(("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim"), _SIZE),
+    **dict.fromkeys(("mlp_dim", "max_positions"), _SIZE),
+    **dict.fromkeys(("alibi", "attention_bias", "mlp_bias", "norm_bias"), FLAG),
+    **dict.fromkeys(("parallel_residual", "tie_embeddings"), FLAG),
+    "out_bias": one_of(True, False, None),
+    "parallel_norms": one_of(1, 2),
+    "norm_eps": number(0, 1),
+    "rope_theta": number(0, 1e15, or_equal=True),
+    "rope_fraction": number(0, 1),
+    "clip_qkv": number(0, 1e6, or_equal=True),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,14 @@ class RopeScaling:
             raise ValueError(
                 f"rope scaling {self.kind!r} is not supported: only 'linear' and 'llama3' are, whose frequencies do not "
                 "depend on the current length"
+            )
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_positions"):
+            if not _POSITIVE.holds(value := getattr(self, name)):
+                raise ValueError(f"rope scaling's {name}={value!r}: must be {_POSITIVE.says}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rope scaling's low_freq_factor={self.low_freq_factor} must be below its "
+                f"high_freq_factor={self.high_freq_factor}"
             )
 
 
@@ -84,22 +111,23 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name, known in (
-            ("family", FAMILIES),
-            ("activation", ACTIVATIONS),
-            ("sink_logits", SINK_LOGITS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {known}")
-        sizes = ("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_dim")
-        for name in (*sizes, "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, kind in _KINDS.items():
+            if not kind.holds(value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r}: must be {kind.says}")
+        if self.rope_theta and not _THETA.holds(self.rope_theta):
+            raise ValueError(f"rope_theta={self.rope_theta}: must be {_THETA.says}, or 0")
+        tokens = (self.bos_id, *self.eos_ids)
+        if wrong := [i for i in tokens if not count(-1, self.vocab_size - 1).holds(i)]:
+            raise ValueError(
+                f"bos_id={self.bos_id}, eos_ids={self.eos_ids}: {wrong[0]!r} is no token of "
+                f"vocab_size={self.vocab_size}"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
-        if self.rotary_dim % 2 or not 0 < self.rope_fraction <= 1:
+        if self.rotary_dim % 2 or (self.rope_theta and not self.rotary_dim):
             raise ValueError(
-                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} must be an even number of features"
+                f"rope_fraction={self.rope_fraction} of head_dim={self.head_dim} must be an even number of features, "
+                "at least 2"
             )
         if self.alibi and self.rope_theta:
             raise ValueError("alibi takes the place of RoPE: set rope_theta=0")

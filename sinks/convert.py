@@ -14,6 +14,7 @@ import numpy as np
 
 from sinks import params as layouts
 from sinks.config import ModelConfig
+from sinks.fields import shown
 from sinks.progress import track
 from sinks.weights import Tensor
 
@@ -114,50 +115,108 @@ NAMES = {
         split=_by_group,
     ),
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # what weights may be stored as
 # Tables that old checkpoints carry along: causal masks and RoPE's frequencies.
 _IGNORED = re.compile(r"(attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 
 
 def model_params(
-    tensors: Mapping[str, Tensor], config: ModelConfig, dtype: Any = np.float32
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    dtype: Any = np.float32,
+    where: str = "this checkpoint",
+    own_name: Callable[[str], str] = str,
 ) -> layouts.Params:
     """NumPy parameters of the model, blocks stacked, from tensors under Hugging Face's names.
 
-    Raises ValueError listing everything that is missing, unexpected or misshapen, before anything is read.
+    Args:
+      where: the folder or file, for messages.
+      own_name: what the file calls the tensor that Hugging Face calls so.
+
+    Raises ValueError listing everything that is missing, unexpected, misshapen or no float, before anything is read or
+    memory is asked for; and naming the first tensor with a value that is not finite.
     """
-    params = jax.tree.map(
-        lambda leaf: np.empty(leaf.shape, leaf.dtype), layouts.abstract(config, dtype)
-    )
-    empty = dict(params)
+    if config.depth > len(tensors):
+        raise ValueError(
+            f"{where}: its config describes {config.depth} blocks, and there are {len(tensors)} tensors in all"
+        )
+    tree = layouts.abstract(config, dtype)
+    plan, problems = _match(tensors, config, tree, own_name)
+    if problems:
+        more = [f"... and {len(problems) - 40} more"] if len(problems) > 40 else []
+        lines = ["", *problems[:40], *more] if len(problems) > 1 else [f" {problems[0]}"]
+        raise ValueError(
+            f"{where}: its weights do not fit the {config.family} model that its config describes:"
+            + "\n  ".join(lines)
+        )
+    try:
+        params = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+    except MemoryError:
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 1e9
+        raise ValueError(
+            f"{where}: its parameters take {size:.1f} GB as {np.dtype(dtype).name}, more than this machine gives: "
+            "try dtype='bfloat16', or a smaller model"
+        ) from None
+    split = NAMES[config.family].split
+    for tensor, slots in track(plan, "reading weights"):
+        value = tensor.read()
+        parts = split(value, config) if split and len(slots) > 1 else [value]
+        for slot, part in zip(slots, parts, strict=True):
+            view = _view(params, slot)
+            with np.errstate(over="ignore"):  # is looked for below
+                view[...] = part if slot == "embed" else part.T
+            if not _finite(view):
+                raise ValueError(
+                    f"{tensor.file}: {shown(tensor.name)} holds values that are NaN, infinite or too large for "
+                    f"{np.dtype(dtype).name}: the file is damaged, fetch it again"
+                )
+    return params
+
+
+def _match(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    tree: layouts.Params,
+    own_name: Callable[[str], str],
+) -> tuple[list[tuple[Tensor, list[str]]], list[str]]:
+    """Which tensor fills which slots of the model, and what is wrong with that."""
+    shapes = {name: leaf.shape for name, leaf in tree.items() if name != "blocks"}
     for i in range(config.depth):
-        empty |= {f"blocks.{i}.{name}": stack[i] for name, stack in empty["blocks"].items()}
-    del empty["blocks"]
+        blocks = tree["blocks"].items()
+        shapes |= {f"blocks.{i}.{name}": leaf.shape[1:] for name, leaf in blocks}
     names, problems, plan = NAMES[config.family], [], []
     for name, tensor in tensors.items():
         if not (slots := _slots(name, names, config)):
             continue
-        views = [empty.pop(slot) for slot in slots if slot in empty]
-        if len(views) < len(slots):
-            problems.append(f"unexpected: {name}")
+        found = [shapes.pop(slot) for slot in slots if slot in shapes]
+        there = shown(tensor.name or name)
+        if len(found) < len(slots):
+            problems.append(f"unexpected: {there}")
             continue
-        kernel = slots != ["embed"]
-        shape = _shape_in_file(views) if kernel else views[0].shape
+        shape = found[0] if slots == ["embed"] else _shape_in_file(found)
         if shape != tuple(tensor.shape):
-            problems.append(f"misshapen: {name} is {tuple(tensor.shape)}, the model needs {shape}")
-        plan.append((tensor, views, kernel))
-    problems += [f"missing: {slot}" for slot in empty]
-    if problems:
-        more = [f"... and {len(problems) - 40} more"] if len(problems) > 40 else []
-        raise ValueError(
-            f"these weights do not fit the {config.family} model that their config describes\n  "
-            + "\n  ".join(problems[:40] + more)
-        )
-    for tensor, views, kernel in track(plan, "reading weights"):
-        value = tensor.read()
-        parts = names.split(value, config) if names.split and len(views) > 1 else [value]
-        for view, part in zip(views, parts, strict=True):
-            view[...] = part.T if kernel else part
-    return params
+            problems.append(f"misshapen: {there} is {tuple(tensor.shape)}, the model needs {shape}")
+        if tensor.dtype not in FLOATS:
+            problems.append(
+                f"of another kind: {there} holds {tensor.dtype}, a weight is {', '.join(FLOATS)}"
+            )
+        plan.append((tensor, slots))
+    missing = dict.fromkeys(_names_of(slot, names, own_name) for slot in shapes)
+    return plan, problems + [f"missing: {name}" for name in missing]
+
+
+def _view(params: layouts.Params, slot: str) -> np.ndarray:
+    if not slot.startswith("blocks."):
+        return params[slot]
+    _, i, name = slot.split(".")
+    return params["blocks"][name][int(i)]
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite: the extremes tell, several times faster than asking each."""
+    if values.dtype == np.float32:
+        return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
+    return bool(np.isfinite(values).all())
 
 
 def _slots(name: str, names: Names, config: ModelConfig) -> list[str]:
@@ -176,6 +235,20 @@ def _slots(name: str, names: Names, config: ModelConfig) -> list[str]:
     return [f"{block}{part}{suffix}" for part in (ours if ours == "qkv" else [ours])]
 
 
-def _shape_in_file(views: list[np.ndarray]) -> tuple[int, ...]:
+def _names_of(slot: str, names: Names, own_name: Callable[[str], str]) -> str:
+    """What the file may call what fills a slot: `_slots` the other way round."""
+    block, _, ours = slot.rpartition(".")
+    kind = ".bias" if ours.endswith("_bias") else ".weight"
+    ours = ours.removesuffix("_bias")
+    table, prefix = names.top, "" if ours == "unembed" else names.base
+    if block:
+        table, prefix = names.block, f"{names.base}{names.blocks}{block.removeprefix('blocks.')}."
+    if names.split and ours in ("q", "k", "v"):
+        ours = "qkv"
+    theirs = [own_name(f"{prefix}{there}{kind}") for there, here in table.items() if here == ours]
+    return " or ".join(theirs) or slot
+
+
+def _shape_in_file(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     """[out] or [out, in]; of a joint projection, row under row."""
-    return (sum(view.shape[-1] for view in views), *views[0].shape[:-1])
+    return (sum(shape[-1] for shape in shapes), *shapes[0][:-1])

@@ -4,15 +4,19 @@ The header is read here, a hundred times faster than by the gguf package, and ev
 file. The gguf package knows the block formats. Whatever is wrong with a file is one ValueError.
 """
 
+import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 
+from sinks import fields
 from sinks.config import ModelConfig, RopeScaling
+from sinks.fields import TEXT, Field, Kind, count, number
 from sinks.weights import Tensor
 
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
@@ -32,6 +36,45 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_TOP_THERE, _BLOCK_THERE = ({there: here for here, there in t.items()} for t in (_TOP, _BLOCK))
+
+
+# What the metadata may say. Most sizes may also be a list with a value for each block, which our models are not.
+_SIZE = Field(count())
+_POWER = Kind(
+    "a power of two from 8 to 65536",
+    lambda v: count(8, 65536).holds(v) and not v & (v - 1),
+)
+_ALIGN = {"general.alignment": Field(_POWER, default=32)}
+_GENERAL = {
+    "general.architecture": Field(TEXT),
+    "split.count": Field(count(0), default=0),
+    "tokenizer.ggml.bos_token_id": Field(count(0), default=None),
+    "tokenizer.ggml.eos_token_id": Field(count(0), default=None),
+}
+_LLAMA = {
+    "expert_count": Field(count(0), default=0),
+    "block_count": _SIZE,
+    "context_length": _SIZE,
+    "embedding_length": _SIZE,
+    "feed_forward_length": _SIZE,
+    "attention.head_count": _SIZE,
+    "attention.head_count_kv": Field(count(), default=None),
+    "attention.key_length": Field(count(), default=None),
+    "attention.value_length": Field(count(), default=None),
+    "attention.layer_norm_rms_epsilon": Field(number(0, 1)),
+    "attention.sliding_window": Field(count(0), default=0),
+    "rope.dimension_count": Field(count(2), default=None),
+    "rope.freq_base": Field(number(1, 1e15), default=10_000.0),
+    "rope.scaling.type": Field(TEXT, default=None),
+    "rope.scaling.factor": Field(number(0, 1e6, or_equal=True), default=None),
+    "rope.scale_linear": Field(number(0, 1e6, or_equal=True), default=None),
+}
+_DEEPEST = 4  # arrays within arrays; none are in use
+_LONGEST_NAME = (
+    256  # characters; llama.cpp's limits are 64 for a tensor and, in use, as much for a key
+)
+_LONGEST = 1 << 24  # values of an array: several times any vocabulary
 
 
 @dataclass(frozen=True)
@@ -42,14 +85,24 @@ class GGUF:
     tensors: dict[str, Tensor]
 
 
+class _Info(NamedTuple):
+    """What the header says of a tensor; `offset` counts from the start of the data."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
 def read(path: str | Path) -> GGUF:
     """Opens a GGUF file (version 2 or 3); values are read when they are asked for.
 
-    Raises ValueError where the file is no GGUF, is cut off, or has tensors in a format not among FORMATS.
+    Raises ValueError where the file is no GGUF, is cut off, has tensors in a format not among FORMATS, or says of its
+    tensors what cannot be: they must lie one after another and fill the file.
     """
     path = Path(path)
     try:
-        data = np.memmap(path, mode="r")
+        data = np.memmap(path, mode="r").view(np.ndarray)  # slices of a memmap are slow
     except ValueError:  # numpy cannot map an empty file
         raise ValueError(f"{path} is empty") from None
     header = _Header(data, path)
@@ -58,27 +111,15 @@ def read(path: str | Path) -> GGUF:
     version, n_tensors, n_keys = header.unpack("4xIQQ")
     if version not in (2, 3):
         raise ValueError(f"{path} is GGUF version {version}: 2 and 3 (little-endian) can be read")
-    metadata = {}
+    metadata: dict[str, Any] = {}
     for _ in range(n_keys):
-        key = header.string()
-        metadata[key] = header.value(*header.unpack("I"))
-    infos = []
-    for _ in range(n_tensors):
-        name, (rank,) = header.string(), header.unpack("I")
-        infos.append((name, header.unpack(f"{rank}Q")[::-1], *header.unpack("IQ")))
-    align = metadata.get("general.alignment", 32)
-    if not isinstance(align, int) or align < 1:
-        raise ValueError(f"{path} has general.alignment={align!r}: it is damaged")
-    start = -(-header.at // align) * align
-    tensors, problems = {}, []
-    for name, shape, kind, offset in infos:
-        try:
-            tensors[name] = _tensor(data, shape, kind, start + offset)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        raise ValueError(f"{path} cannot be used\n  " + "\n  ".join(problems))
-    return GGUF(metadata, tensors)
+        key = header.name()
+        if key in metadata:
+            raise ValueError(f"{path} has {key} twice: it is damaged")
+        metadata[key] = header.value(key, *header.unpack("I"))
+    infos = [_info(header) for _ in range(n_tensors)]
+    align = fields.read(metadata, _ALIGN, str(path))["general.alignment"]
+    return GGUF(metadata, _tensors(data, infos, header.at, align, path))
 
 
 class _Header:
@@ -102,39 +143,101 @@ class _Header:
     def string(self) -> str:
         return str(self.take(*self.unpack("Q")), "utf-8", "replace")
 
-    def value(self, kind: int) -> Any:
+    def name(self) -> str:
+        """Of a key or a tensor: short, and of printable ASCII characters."""
+        name = self.string()
+        if not (0 < len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable()):
+            raise ValueError(
+                f"{self.path} has a name of {len(name)} characters, {name[:40]!r}: it is damaged"
+            )
+        return name
+
+    def value(self, key: str, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
             kind, n = self.unpack("IQ")
+            if n > _LONGEST or depth == _DEEPEST:
+                says = f"{n} values" if n > _LONGEST else "arrays in arrays in arrays"
+                raise ValueError(f"{self.path} has {key} with {says}: it is damaged")
             if code := _SCALARS.get(kind):
                 return list(struct.unpack(f"<{n}{code}", self.take(n * struct.calcsize(code))))
-            return [self.value(kind) for _ in range(n)]
+            return [self.value(key, kind, depth + 1) for _ in range(n)]
         if not (code := _SCALARS.get(kind)):
-            raise ValueError(f"{self.path} has a value of unknown type {kind}: it is damaged")
+            raise ValueError(f"{self.path} has {key} of unknown type {kind}: it is damaged")
         return self.unpack(code)[0]
 
 
-def _tensor(data: np.ndarray, shape: tuple[int, ...], kind: int, start: int) -> Tensor:
+def _info(header: _Header) -> _Info:
+    name, (rank,) = header.name(), header.unpack("I")
+    if not 1 <= rank <= 4:
+        raise ValueError(f"{header.path}: {name} has {rank} axes, a tensor has 1 to 4")
+    shape = header.unpack(f"{rank}Q")[::-1]
+    if min(shape) < 1:
+        raise ValueError(f"{header.path}: {name} has the shape {shape}")
+    return _Info(name, shape, *header.unpack("IQ"))
+
+
+def _tensors(
+    data: np.ndarray, infos: list[_Info], end: int, align: int, path: Path
+) -> dict[str, Tensor]:
+    """The tensors by name. The header ends at byte `end`; each of them begins at a multiple of `align` after it, the next
+    one after the other, and nothing else is in the file."""
+
+    def aligned(n: int) -> int:
+        return -(-n // align) * align
+
+    start, tensors, problems, expected, last = aligned(end), {}, [], 0, ""
+    for info in sorted(infos, key=lambda info: info.offset):
+        try:
+            quant, row_bytes = _format(info)
+            begin, size = start + info.offset, row_bytes * math.prod(info.shape[:-1])
+            if begin + size > len(data):
+                raise ValueError(
+                    f"its values end at byte {begin + size}, the file at {len(data)}: it is cut off, fetch it again"
+                )
+            if info.offset != expected:
+                after = f"{last} ends" if last else "the data begin"
+                raise ValueError(
+                    f"its values begin at byte {begin}, and not at {start + expected} where {after}: the header is damaged"
+                )
+            if info.name in tensors:
+                raise ValueError("there are two of this name")
+        except ValueError as error:
+            problems.append(f"{info.name}: {error}")
+            break  # what follows lies elsewhere because of it
+        expected, last = aligned(info.offset + size), info.name
+        tensors[info.name] = _tensor(data[begin : begin + size], info, quant, row_bytes, path)
+    if not problems and len(data) > start + expected:
+        problems.append(
+            f"{len(data) - start - expected} bytes after its last tensor belong to none"
+        )
+    if problems:
+        raise ValueError(f"{path} cannot be used: {'; '.join(problems)}")
+    return tensors
+
+
+def _format(info: _Info) -> tuple[gguf.GGMLQuantizationType, int]:
+    """A tensor's format, and the bytes of one of its rows."""
     try:
-        quant = gguf.GGMLQuantizationType(kind)
+        quant = gguf.GGMLQuantizationType(info.kind)
     except ValueError:
-        raise ValueError(f"unknown format {kind}") from None
+        raise ValueError(f"unknown format {info.kind}") from None
     if quant.name not in FORMATS:
         raise ValueError(f"format {quant.name} cannot be read, {', '.join(FORMATS)} can")
     block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
-    if shape[-1] % block:
+    if info.shape[-1] % block:
         raise ValueError(
-            f"{quant.name} needs rows of a multiple of {block} values, not {shape[-1]}"
+            f"{quant.name} needs rows of a multiple of {block} values, not {info.shape[-1]}"
         )
-    row_bytes = shape[-1] // block * block_bytes
-    stop = start + row_bytes * int(np.prod(shape[:-1], dtype=np.int64))
-    if stop > len(data):
-        raise ValueError(
-            f"its values end at byte {stop}, the file at {len(data)}: it is cut off, fetch it again"
-        )
-    rows = data[start:stop].reshape(*shape[:-1], row_bytes)
-    return Tensor(shape, lambda: _dequantize(rows, quant))
+    return quant, info.shape[-1] // block * block_bytes
+
+
+def _tensor(
+    data: np.ndarray, info: _Info, quant: gguf.GGMLQuantizationType, row_bytes: int, path: Path
+) -> Tensor:
+    rows = data.reshape(*info.shape[:-1], row_bytes)
+    return Tensor(info.shape, lambda: _dequantize(rows, quant), "F32", info.name, path)
 
 
 def _dequantize(rows: np.ndarray, quant: gguf.GGMLQuantizationType) -> np.ndarray:
@@ -146,70 +249,118 @@ def _dequantize(rows: np.ndarray, quant: gguf.GGMLQuantizationType) -> np.ndarra
 
 
 def llama_config(file: GGUF, path: str | Path) -> ModelConfig:
-    """The sizes of a Llama-architecture file. Raises ValueError for other architectures and for missing keys."""
-    metadata = file.metadata
-    if (architecture := metadata.get("general.architecture")) != "llama":
+    """The sizes of a Llama-architecture file.
+
+    Raises ValueError for other architectures, and for keys that are missing or not what they must be.
+    """
+    general = fields.read(file.metadata, _GENERAL, str(path))
+    if (architecture := general["general.architecture"]) != "llama":
         raise ValueError(
             f"{path} holds the architecture {architecture!r}: of GGUF files, 'llama' can be loaded. Other models "
             "load from the safetensors folder that they were converted from"
         )
-    if metadata.get("llama.expert_count"):
+    if (parts := general["split.count"]) > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts of a model: join them with llama.cpp's `llama-gguf-split --merge`"
+        )
+    keys = fields.read(file.metadata, _LLAMA, str(path), "llama.")
+    if keys["expert_count"]:
         raise ValueError(f"{path} is a mixture of experts, which sinks/models/llama.py is not")
-    needed = ("block_count", "context_length", "embedding_length", "feed_forward_length")
-    needed = (*needed, "attention.head_count", "attention.layer_norm_rms_epsilon")
-    if missing := [key for key in needed if f"llama.{key}" not in metadata]:
-        raise ValueError(f"{path} lacks the keys {', '.join(f'llama.{key}' for key in missing)}")
     if missing := {"token_embd.weight", "blk.0.ffn_up.weight"} - file.tensors.keys():
         raise ValueError(f"{path} holds no {' and no '.join(sorted(missing))}")
-    depth, positions, width, hidden, heads, eps = (metadata[f"llama.{key}"] for key in needed)
+    heads, width = keys["attention.head_count"], keys["embedding_length"]
+    head_dim = keys["attention.key_length"] or width // heads
+    vocab = file.tensors["token_embd.weight"].shape[0]
+    bos, eos = (general[f"tokenizer.ggml.{kind}_token_id"] for kind in ("bos", "eos"))
+    for kind, token in (("bos", bos), ("eos", eos)):
+        if token is not None and token >= vocab:
+            raise ValueError(
+                f"{path}: tokenizer.ggml.{kind}_token_id={token}, token_embd.weight has {vocab} rows"
+            )
+    try:
+        _check_heads(keys, head_dim)
+        return ModelConfig(
+            family="llama",
+            vocab_size=vocab,
+            width=width,
+            depth=keys["block_count"],
+            heads=heads,
+            kv_heads=keys["attention.head_count_kv"] or heads,
+            head_dim=head_dim,
+            mlp_dim=keys["feed_forward_length"],
+            max_positions=min(
+                keys["context_length"], keys["attention.sliding_window"] or fields.LARGEST
+            ),
+            norm_eps=keys["attention.layer_norm_rms_epsilon"],
+            rope_theta=keys["rope.freq_base"],
+            rope_fraction=(keys["rope.dimension_count"] or head_dim) / head_dim,
+            rope_scaling=_rope_scaling(file, keys, head_dim),
+            attention_bias="blk.0.attn_q.bias" in file.tensors,
+            out_bias="blk.0.attn_output.bias" in file.tensors,
+            mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+            tie_embeddings="output.weight" not in file.tensors,
+            bos_id=-1 if bos is None else bos,
+            eos_ids=() if eos is None else (eos,),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
-    def get(key: str, default: Any) -> Any:
-        return metadata.get(f"llama.{key}", default)
 
-    head_dim = get("attention.key_length", width // heads)
-    bos, eos = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos"))
-    return ModelConfig(
-        family="llama",
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
-        width=width,
-        depth=depth,
-        heads=heads,
-        kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp_dim=hidden,
-        max_positions=positions,
-        norm_eps=eps,
-        rope_theta=get("rope.freq_base", 10_000.0),
-        rope_fraction=get("rope.dimension_count", head_dim) / head_dim,
-        rope_scaling=_rope_scaling(file, path, head_dim),
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        out_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-        tie_embeddings="output.weight" not in file.tensors,
-        bos_id=-1 if bos is None else bos,
-        eos_ids=() if eos is None else (eos,),
-    )
+def _check_heads(keys: Mapping[str, Any], head_dim: int) -> None:
+    """What must hold between llama.attention.* and the others."""
+    heads, width = keys["attention.head_count"], keys["embedding_length"]
+    if keys["attention.key_length"] is None and width % heads:
+        raise ValueError(
+            f"llama.embedding_length={width} is no multiple of llama.attention.head_count={heads}"
+        )
+    if heads % (groups := keys["attention.head_count_kv"] or heads):
+        raise ValueError(
+            f"llama.attention.head_count={heads} is no multiple of llama.attention.head_count_kv={groups}"
+        )
+    if (value := keys["attention.value_length"] or head_dim) != head_dim:
+        raise ValueError(
+            f"llama.attention.value_length={value}: values must be as wide as keys, {head_dim}"
+        )
+    if (rotated := keys["rope.dimension_count"] or head_dim) > head_dim:
+        raise ValueError(f"llama.rope.dimension_count={rotated}: a head has {head_dim} features")
 
 
-def _rope_scaling(file: GGUF, path: str | Path, head_dim: int) -> RopeScaling | None:
-    """RoPE's scaling: of Llama 3 the file holds the table it makes, one divisor for each frequency."""
-    kind = file.metadata.get("llama.rope.scaling.type", "none")
-    if kind != "none":
-        return RopeScaling(kind, file.metadata.get("llama.rope.scaling.factor", 1.0))
+def _rope_scaling(file: GGUF, keys: Mapping[str, Any], head_dim: int) -> RopeScaling | None:
+    """RoPE's scaling: of Llama 3 the file holds the table it makes, one divisor for each frequency.
+
+    As in llama.cpp, a factor without a type is of "linear" (older files call it rope.scale_linear), and 0 is none.
+    """
+    factor = keys["rope.scaling.factor"] or keys["rope.scale_linear"] or 1.0
+    kind = keys["rope.scaling.type"] or ("none" if factor == 1 else "linear")
+    if kind != "none" and (kind, factor) != ("linear", 1):
+        return RopeScaling(kind, factor)
     if "rope_freqs.weight" not in file.tensors:
         return None
     divisors = file.tensors["rope_freqs.weight"].read()
+    if not (np.isfinite(divisors).all() and divisors.min() >= 1):
+        raise ValueError(
+            "rope_freqs.weight divides RoPE's frequencies by less than 1: it is damaged"
+        )
     scaling = RopeScaling("llama3", factor=float(divisors.max()))
-    theta = file.metadata.get("llama.rope.freq_base", 10_000.0)
+    theta = keys["rope.freq_base"]
     waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = np.clip((scaling.original_positions / waves - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / scaling.factor + smooth)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
         raise ValueError(
-            f"{path} scales RoPE's frequencies by a table that is not Llama 3's with factor {scaling.factor:g}"
+            f"rope_freqs.weight scales RoPE's frequencies by a table that is not Llama 3's with factor {scaling.factor:g}"
         )
     return scaling
+
+
+def own_name(name: str) -> str:
+    """What a GGUF file calls the tensor that Hugging Face calls `name`; `llama_tensors` the other way round."""
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("model.layers."):
+        number, _, stem = stem.removeprefix("model.layers.").partition(".")
+        return f"blk.{number}.{_BLOCK_THERE.get(stem, stem)}.{kind}"
+    return f"{_TOP_THERE.get(stem, stem)}.{kind}"
 
 
 def llama_tensors(file: GGUF, config: ModelConfig) -> dict[str, Tensor]:
@@ -239,4 +390,4 @@ def _halves(tensor: Tensor, heads: int) -> Tensor:
         pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
         return pairs.swapaxes(1, 2).reshape(rows.shape)
 
-    return Tensor(tensor.shape, read)
+    return replace(tensor, read=read)

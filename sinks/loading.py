@@ -10,7 +10,10 @@ fluently enough to be mistaken for good ones, and this tells them apart.
 """
 
 import difflib
+import math
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +39,8 @@ PARAGRAPH = (  # the Declaration of Independence: whoever has read English text 
     "such form, as to them shall seem most likely to effect their Safety and Happiness."
 )
 SUSPICIOUS = 20.0  # perplexity of PARAGRAPH: SmolLM2-135M's is 4.7, and over 70 with RoPE's features in a wrong order
+DTYPES = ("float32", "bfloat16")  # of parameters
+UNFORESEEN = "cannot be loaded: it is damaged, or has what this reader does not know"
 
 
 class Model(NamedTuple):
@@ -67,24 +72,61 @@ def load(
         does not divide them.
       OSError: what must be downloaded cannot be.
     """
+    dtype = _check_dtype(dtype)
     path = _locate(name_or_path)
-    config, params, text = _read(path, dtype, mesh)
-    if text.vocab_size > config.vocab_size:
+    with _named(path):
+        opened = _open(path)
+        text = _tokenizer(path, opened)
+    if text.vocab_size > opened.config.vocab_size:
         raise ValueError(
-            f"{path}: its tokenizer knows {text.vocab_size} tokens, its weights {config.vocab_size}: they do not "
-            "belong together"
+            f"{path}: its tokenizer knows {text.vocab_size} tokens, its weights {opened.config.vocab_size}: they do "
+            "not belong together"
         )
+    params = _params(opened, dtype, mesh)
     if check:
-        check_reading(config, params, text, str(path))
-    return Model(config, params, text)
+        check_reading(opened.config, params, text, str(path))
+    return Model(opened.config, params, text)
 
 
 def load_weights(
     path: str | Path, *, dtype: Any = "float32", mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Params]:
     """Config and parameters of a .gguf file or a safetensors folder, which needs no tokenizer."""
-    config, tensors, _ = _open(Path(path))
-    return config, _params(config, tensors, dtype, mesh)
+    dtype, path = _check_dtype(dtype), Path(path)
+    with _named(path):
+        opened = _open(path)
+    return opened.config, _params(opened, dtype, mesh)
+
+
+def _check_dtype(dtype: Any) -> str:
+    """The name of a type that parameters can be loaded in."""
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        hint = ""
+        if name == "int8":
+            hint = (
+                ". For weights in 8 bits, load them as float32 and call sinks.stream.prepare(params, int8=True); in "
+                "the chat that is --weights=int8"
+            )
+        raise ValueError(f"dtype={name!r}: parameters load as {' or '.join(DTYPES)}{hint}")
+    return name
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """The last resort: an error that no check foresaw is about this path, and one line, as those that the checks raise."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        folder = path if path.is_dir() else path.parent  # of a tokenizer beside a GGUF file
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(f"{path} {UNFORESEEN} ({type(error).__name__}: {error})") from error
 
 
 def _locate(name_or_path: str | Path) -> Path:
@@ -102,7 +144,17 @@ def _locate(name_or_path: str | Path) -> Path:
     )
 
 
-def _open(path: Path) -> tuple[ModelConfig, dict[str, weights.Tensor], gguf_file.GGUF | None]:
+class _Opened(NamedTuple):
+    """A checkpoint whose config is known and whose tensors wait; `own_name` is of `convert.model_params`."""
+
+    path: Path
+    config: ModelConfig
+    tensors: dict[str, weights.Tensor]
+    own_name: Callable[[str], str] = str
+    file: gguf_file.GGUF | None = None
+
+
+def _open(path: Path) -> _Opened:
     if path.is_dir() and not (path / "config.json").exists():
         inside = sorted(path.glob("*.gguf"))
         if len(inside) > 1:
@@ -111,17 +163,20 @@ def _open(path: Path) -> tuple[ModelConfig, dict[str, weights.Tensor], gguf_file
         path = inside[0] if inside else path
     if path.is_dir():
         settings, tensors = weights.read_folder(path)
-        return hf_config.model_config(settings, str(path / "config.json")), tensors, None
+        return _Opened(path, hf_config.model_config(settings, str(path / "config.json")), tensors)
     file = gguf_file.read(path)
     config = gguf_file.llama_config(file, path)
-    return config, gguf_file.llama_tensors(file, config), file
+    tensors = gguf_file.llama_tensors(file, config)
+    return _Opened(path, config, tensors, gguf_file.own_name, file)
 
 
-def _params(
-    config: ModelConfig, tensors: dict[str, weights.Tensor], dtype: Any, mesh: Mesh | None
-) -> Params:
+def _params(opened: _Opened, dtype: str, mesh: Mesh | None) -> Params:
+    config = opened.config
     where = layouts.param_shardings(config, mesh) if mesh is not None else None
-    params = convert.model_params(tensors, config, jnp.dtype(dtype))
+    with _named(opened.path):
+        params = convert.model_params(
+            opened.tensors, config, jnp.dtype(dtype), str(opened.path), opened.own_name
+        )
     leaves, treedef = jax.tree.flatten(params)
     places = jax.tree.leaves(where) if where is not None else [None] * len(leaves)
     del params
@@ -130,40 +185,49 @@ def _params(
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _read(path: Path, dtype: Any, mesh: Mesh | None) -> tuple[ModelConfig, Params, Tokenizer]:
-    config, tensors, file = _open(path)
+def _tokenizer(path: Path, opened: _Opened) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
-    if file is None or (folder / "tokenizer.json").is_file():
-        text = tokenizer.from_folder(folder)
-    else:
-        text = tokenizer.from_gguf(file.metadata)
-    return config, _params(config, tensors, dtype, mesh), text
+    if opened.file is None or (folder / "tokenizer.json").is_file():
+        return tokenizer.from_folder(folder)
+    return tokenizer.from_gguf(opened.file.metadata, str(opened.path))
 
 
 def check_reading(config: ModelConfig, params: Params, text: Tokenizer, where: str = "") -> float:
     """The model's perplexity on PARAGRAPH, which is low if the weights are where they belong.
 
     Where it is not, the other orders of RoPE's features are tried, which converters confuse. Raises ValueError if one of
-    them reads clearly better; warns if none does (another language, or damaged weights).
+    them reads clearly better, or if the weights make no number at all; warns otherwise (another language, or damaged
+    weights).
     """
     ids = text.encode(PARAGRAPH)
+    if len(ids) < 2:
+        raise ValueError(
+            f"{where}: its tokenizer makes {len(ids)} tokens of a paragraph of English"
+        )
     ids = jnp.asarray([[text.bos_id, *ids] if text.bos_id is not None else ids])
     loaded = float(_perplexity(config, params, ids))
+    if math.isnan(loaded):
+        raise ValueError(
+            f"{where}: the model's answer to a paragraph of English is NaN: its weights are damaged, or too large for "
+            "their type. Fetch it again"
+        )
     if loaded < SUSPICIOUS:
         return loaded
     if config.rotary_dim:
         for order in (_pairs_to_halves, _halves_to_pairs):
             other = float(_perplexity(config, _reorder(config, params, order), ids))
-            if other < loaded / 1.2:
+            # An untrained model's two perplexities differ by chance, and are no better than a guess's.
+            if other < min(loaded / 1.2, config.vocab_size / 2):
                 raise ValueError(
                     f"{where}: the features that RoPE rotates are in the wrong order: perplexity {loaded:.0f} on plain "
                     f"English, and {other:.0f} after {order.__name__.strip('_').replace('_', ' ')}. The program that "
                     "converted these weights put them so; convert them again, or load them with check=False"
                 )
     warnings.warn(
-        f"{where}: perplexity {loaded:.0f} on a well-known English paragraph ({config.vocab_size} is a guess's). That is "
-        "right for an untrained model or one of another language; else the weights are damaged",
-        stacklevel=2,
+        f"{where}: this model reads English badly. Its perplexity on a well-known paragraph is {loaded:.0f}: a model "
+        f"trained on English has less than {SUSPICIOUS:.0f}, and guessing each token by lot "
+        f"has {config.vocab_size}. That is right for an untrained model or one of another language; any other is damaged",
+        stacklevel=3,
     )
     return loaded
 

@@ -56,6 +56,8 @@ def test_a_stopped_job_keeps_what_it_measured(tmp_path, monkeypatch):
         ({"policies": ("dense",)}, "'dense'"),
         ({"cache_sizes": (4,)}, "recent=0"),
         ({"batch": 0}, "batch=0"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"dtype": "float16"}, r"config\.dtype: dtype='float16': parameters load as"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(tmp_path, changes, message):

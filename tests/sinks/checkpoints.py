@@ -118,7 +118,7 @@ def tensors(config, seed=0):
 
 def save(folder, config, tensors, files=1):
     """Writes config.json and the tensors, in one file or several with their index."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if files == 1:
         save_file(tensors, folder / "model.safetensors")

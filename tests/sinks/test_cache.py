@@ -111,3 +111,9 @@ def test_texts_from_the_start_need_no_cache():
 def test_impossible_caches_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         CacheSpec(**wrong)
+
+
+def test_a_cache_in_float64_without_jaxs_64_bit_mode_is_refused():
+    """JAX would make it float32 without a word."""
+    with pytest.raises(ValueError, match="'float64' needs JAX's 64-bit mode"):
+        cache.init(small.config(), CacheSpec(dtype="float64"))

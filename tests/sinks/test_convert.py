@@ -3,6 +3,7 @@
 tests/peers compares with live models.
 """
 
+import re
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from sinks import params as layouts
+from sinks import weights
 from sinks.config import RopeScaling
 from sinks.hf_config import model_config
 from sinks.loading import load_weights
@@ -123,7 +125,7 @@ def test_everything_wrong_is_listed_in_one_error(tmp_path):
     with pytest.raises(ValueError, match="do not fit the llama model") as caught:
         load_weights(save(tmp_path, LLAMA, there))
     assert {line.strip() for line in str(caught.value).splitlines()[1:]} == {
-        "missing: blocks.1.k",
+        "missing: model.layers.1.self_attn.k_proj.weight",
         "unexpected: model.layers.2.mlp.up_proj.weight",
         "unexpected: model.layers.0.self_attn.q_proj.bias",
         "unexpected: classifier.weight",
@@ -136,8 +138,9 @@ def test_a_long_list_is_cut():
     from sinks.convert import model_params
 
     config = replace(model_config(LLAMA, "x"), depth=50)
+    there = {f"other.{i}": weights.Tensor((1,), lambda: np.zeros(1)) for i in range(60)}
     with pytest.raises(ValueError, match=r"\.\.\. and \d+ more"):
-        model_params({}, config)
+        model_params(there, config)
 
 
 def test_configs_of_the_families():
@@ -188,11 +191,115 @@ def test_rope_scaling_under_its_old_and_new_names():
         ({}, "model_type=None"),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
         ({**LLAMA, "hidden_act": "relu"}, "activation 'relu', known are silu"),
-        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "here lacks 'hidden_size'"),
-        ({**MPT, "attn_config": {"qk_ln": True}}, r"does not compute: \{'qk_ln': True\}"),
+        ({k: v for k, v in LLAMA.items() if k != "hidden_size"}, "here: lacks hidden_size"),
+        (
+            {**MPT, "attn_config": {"qk_ln": True}},
+            "attn_config beyond what sinks/models/mpt.py computes: qk_ln=true",
+        ),
         ({**MPT, "logit_scale": 2.0}, "logit_scale"),
     ],
 )
 def test_configs_that_cannot_be_computed_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         model_config(config, "here")
+
+
+@pytest.mark.parametrize(
+    "kind", [np.bool_, np.int32, np.uint8, np.complex64, ml_dtypes.float8_e4m3fn], ids=str
+)
+def test_weights_that_are_no_floats_are_refused(tmp_path, kind):
+    there = tensors(LLAMA)
+    there["model.norm.weight"] = there["model.norm.weight"].astype(kind)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds \w+, a weight is F64, F32"):
+        load_weights(save(tmp_path, LLAMA, there))
+
+
+@pytest.mark.parametrize(
+    "stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, stored, dtype):
+    there = {name: values.astype(stored) for name, values in tensors(LLAMA).items()}
+    load_weights(save(tmp_path, LLAMA, there), dtype=dtype)
+    bad = "model.layers.1.mlp.up_proj.weight"
+    for value in (np.nan, np.inf, -np.inf, *([1e300] if stored is np.float64 else [])):
+        there[bad][3, 5] = value
+        with pytest.raises(
+            ValueError, match=rf"model\.safetensors: {re.escape(bad)} holds values that"
+        ):
+            load_weights(save(tmp_path, LLAMA, there), dtype=dtype)
+
+
+def test_masks_of_another_type_are_still_passed_over(tmp_path):
+    neox = tensors(NEOX) | {"gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), np.bool_)}
+    neox["gpt_neox.layers.0.attention.masked_bias"] = np.float32(-np.inf)[None]
+    load_weights(save(tmp_path, NEOX, neox))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("tie_word_embeddings", "yes"), ("mlp_bias", "false"), ("rope_theta", None), ("rope_theta", "1e4"), ("rope_theta", 0),
+    ("rope_theta", -1.0), ("rope_theta", float("nan")), ("rope_theta", float("inf")), ("rope_theta", True),
+    ("rms_norm_eps", None), ("rms_norm_eps", "1e-5"), ("rms_norm_eps", 0), ("rms_norm_eps", -1e-5),
+    ("rms_norm_eps", float("nan")), ("rms_norm_eps", float("inf")), ("rope_scaling", "linear"),
+    ("num_hidden_layers", 2.0), ("num_hidden_layers", [2]), ("vocab_size", 10**12), ("hidden_size", -16),
+    ("eos_token_id", "2"), ("bos_token_id", 10**9),
+])  # fmt: skip
+def test_a_field_that_is_not_what_it_must_be_is_named(key, value):
+    with pytest.raises(ValueError, match=rf"^a/config\.json: .*{key}"):
+        model_config({**LLAMA, key: value}, "a/config.json")
+
+
+@pytest.mark.parametrize("config, message", [
+    ({**FALCON_7B, "alibi": "true"}, "alibi='true', it must be true or false"),
+    ({**NEOX, "rotary_pct": None}, "rotary_pct=null, it must be a number above 0"),
+    ({**MPT, "attn_config": {"alibi": "true"}}, "alibi='true', it must be true"),
+    ({**LLAMA, "rope_scaling": {"type": "linear"}}, "rope_scaling: lacks factor"),
+    ({**LLAMA, "rope_scaling": {"factor": 2.0}}, "lacks the rope_type"),
+    ({**LLAMA, "num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+    ({**LLAMA, "hidden_size": 18}, "18 is no multiple of 4 heads"),
+    ({**LLAMA, "quantization_config": "awq"}, r"quantised \(awq\)"),
+])  # fmt: skip
+def test_fields_that_do_not_go_together_are_named(config, message):
+    with pytest.raises(ValueError, match=rf"^here: .*{message}"):
+        model_config(config, "here")
+
+
+def test_null_is_what_real_files_mean_by_it():
+    nulls = (
+        "quantization_config",
+        "rope_scaling",
+        "rope_parameters",
+        "sliding_window",
+        "head_dim",
+        "bos_token_id",
+    )
+    nulls = {**LLAMA, **dict.fromkeys(nulls), "mlp_bias": None}
+    assert model_config(nulls, "x") == replace(model_config(LLAMA, "x"), bos_id=-1)
+    endless = model_config({**LLAMA, "max_position_embeddings": None}, "x")
+    assert endless.max_positions == 2**31 - 1
+    assert model_config({**LLAMA, "bos_token_id": -1, "eos_token_id": -1}, "x").eos_ids == ()
+
+
+@pytest.mark.parametrize(
+    "key, size",
+    [("num_hidden_layers", 10**5), ("vocab_size", 2**31 - 1), ("intermediate_size", 2**31 - 1)],
+)
+def test_sizes_are_compared_with_the_file_before_memory_is_asked_for(
+    tmp_path, monkeypatch, key, size
+):
+    folder = save(tmp_path, {**LLAMA, key: size}, tensors(LLAMA))
+    monkeypatch.setattr(np, "empty", None)
+    with pytest.raises(
+        ValueError, match=r"100000 blocks, and there are 21 tensors|the model needs"
+    ):
+        load_weights(folder)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"width": "16"}, {"depth": True}, {"norm_eps": float("nan")}, {"norm_eps": 0}, {"rope_theta": float("inf")},
+    {"rope_theta": 0.5}, {"alibi": 1}, {"tie_embeddings": "yes"}, {"bos_id": 10**6}, {"eos_ids": (2, "3")}, {"heads": 2.0},
+    {"clip_qkv": float("nan")}, {"rope_fraction": 0.01}, {"parallel_norms": 3},
+])  # fmt: skip
+def test_a_config_of_our_own_is_checked_too(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(model_config(LLAMA, "x"), **wrong)

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinks import gguf_file
+from sinks import gguf_file, loading
+from sinks.config import RopeScaling
 from sinks.gguf_file import llama_config, llama_tensors
+from tests.fuzz import gguf_parts
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, HIDDEN, VOCAB = 4, 2, 8, 32, 64, 48
 Q = gguf.GGMLQuantizationType
@@ -294,3 +296,97 @@ def test_damage_anywhere_in_the_header_is_one_plain_error_or_none(tmp_path_facto
     (folder / "b.gguf").write_bytes(raw)
     with contextlib.suppress(ValueError):
         gguf_file.read(folder / "b.gguf")
+
+
+def parts():
+    """The good file of the fuzz, which can be made to lie."""
+    return gguf_parts.good(np.random.default_rng(1))
+
+
+def refused(tmp_path, file, message):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_parts.write(file))
+    with pytest.raises(ValueError, match=rf"(?s)m\.gguf.*{message}") as caught:
+        loading.load(path, check=False)
+    assert type(caught.value) is ValueError and loading.UNFORESEEN not in str(caught.value)
+
+
+def key(name, kind, value):
+    def change(file):
+        file.set(name, kind, value)
+
+    return change
+
+
+def tensor(name, /, **changes):
+    def change(file):
+        for what, value in changes.items():
+            setattr(file.tensor(name), what, value)
+
+    return change
+
+
+def swap(file):
+    file.tensor("blk.0.attn_q.weight").offset = 0
+
+
+U32, F32, STRING, ARRAY, I32 = 4, 6, 8, 9, 5
+
+
+@pytest.mark.parametrize("change, message", [
+    (key("llama.attention.head_count", U32, 0), "head_count=0, it must be a whole number from 1"),
+    (key("llama.attention.head_count", U32, 3), "embedding_length=16 is no multiple of .*head_count=3"),
+    (key("llama.attention.head_count", ARRAY, (I32, [4, 4])), r"head_count=\[4, 4\], it must be a whole"),
+    (key("llama.attention.head_count_kv", ARRAY, (I32, [2, 2])), r"head_count_kv=\[2, 2\], it must"),
+    (key("llama.attention.head_count", STRING, "4"), "head_count='4', it must be"),
+    (key("llama.embedding_length", U32, 0), "embedding_length=0"),
+    (key("llama.attention.key_length", U32, 0), "key_length=0"),
+    (key("llama.attention.value_length", U32, 3), "value_length=3: values must be as wide as keys"),
+    (key("llama.block_count", U32, 10**6), "1000000 blocks, and there are .* tensors"),
+    (key("llama.block_count", U32, 4 * 10**9), "block_count=4000000000"),
+    (key("llama.feed_forward_length", U32, 2**31 - 1), "blk.0.ffn_gate.weight is .* needs .2147483647"),
+    (key("llama.attention.layer_norm_rms_epsilon", F32, float("nan")), "epsilon=nan, it must be a number above 0"),
+    (key("llama.attention.layer_norm_rms_epsilon", STRING, "x"), "epsilon='x'"),
+    (key("llama.rope.freq_base", F32, 0.0), "freq_base=0.0, it must be a number above 1"),
+    (key("llama.rope.freq_base", F32, float("inf")), "freq_base=inf"),
+    (key("llama.rope.dimension_count", U32, 8), "dimension_count=8: a head has 4 features"),
+    (key("tokenizer.ggml.bos_token_id", U32, 10**9), "bos_token_id=1000000000"),
+    (key("tokenizer.ggml.eos_token_id", STRING, "2"), "eos_token_id='2'"),
+    (key("general.more", ARRAY, gguf_parts.nested(5000)), "general.more with arrays in arrays"),
+    (key("general.alignment", U32, 3), "alignment=3, it must be a power of two"),
+    (key("general.alignment", F32, 32.0), "alignment=32.0, it must be"),
+    (key("split.count", U32, 3), "one of 3 parts of a model: join them"),
+    (tensor("output_norm.weight", shape=[]), "output_norm.weight has 0 axes"),
+    (tensor("output_norm.weight", shape=[2**62, 16]), "output_norm.weight: its values end at byte"),
+    (tensor("output_norm.weight", offset=17), "output_norm.weight: its values begin at byte .*, and not at"),
+    (swap, "its values begin at byte .* the header is damaged"),
+    (tensor("output_norm.weight", name="token_embd.weight"), "token_embd.weight: there are two of this name"),
+    (tensor("output_norm.weight", name="x\x1b[2J"), "name of 5 characters"),
+    (tensor("output_norm.weight", data=np.full(16, np.nan, np.float32).tobytes()), "output_norm.weight holds .* NaN"),
+], ids=lambda value: "" if callable(value) else value)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(tmp_path, change, message):
+    file = parts()
+    change(file)
+    refused(tmp_path, file, message)
+
+
+def test_a_format_that_does_not_fill_the_file_is_noticed(tmp_path):
+    """Of fewer bytes than the values take, the rest would be nobody's."""
+    for name in ("blk.0.ffn_down.weight", parts().tensors[-1].name):
+        file = parts()
+        file.tensor(name).kind = int(Q.F16)
+        refused(tmp_path, file, "the header is damaged|belong to none")
+
+
+@pytest.mark.parametrize("keys, want", [
+    ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+    ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0)),
+    ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0)),
+    ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ({"rope.scaling.type": "linear"}, None),
+    ({"rope.scaling.factor": 0.0}, None),
+])  # fmt: skip
+def test_a_factor_without_a_type_is_linear(tmp_path, tensors, keys, want):
+    keys = {f"llama.{key}".replace(".", "__"): value for key, value in keys.items()}
+    path = write(tmp_path / "a.gguf", tensors, **keys)
+    assert llama_config(gguf_file.read(path), path).rope_scaling == want

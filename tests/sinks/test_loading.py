@@ -19,6 +19,7 @@ from tests.sinks.checkpoints import (
     H,
     K,
     V,
+    byte_level_folder,
     byte_level_metadata,
     save,
     save_tokenizer,
@@ -162,6 +163,50 @@ def test_a_known_name_is_fetched(tmp_path, monkeypatch):
     assert config.width == D and values["embed"].dtype == jnp.bfloat16 and text.bos_id == 1
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float64", "float16", "foo", np.int8, None, 3])
+def test_a_type_that_weights_do_not_load_in_is_refused(tmp_path, dtype):
+    folder = byte_level_folder(tmp_path / "m")
+    for load in (sinks.load, loading.load_weights):
+        with pytest.raises(ValueError, match="parameters load as float32 or bfloat16") as caught:
+            load(folder, dtype=dtype)
+    assert ("prepare(params, int8=True)" in str(caught.value)) == (dtype in ("int8", np.int8))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, "bfloat16"])
+def test_a_type_may_be_given_as_such(tmp_path, dtype):
+    _, values = loading.load_weights(byte_level_folder(tmp_path / "m"), dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(values)} == {jnp.dtype(dtype)}
+
+
+def test_misfits_are_told_in_the_files_own_names(tmp_path):
+    there = tensors(LLAMA)
+    del there["model.embed_tokens.weight"]
+    folder = save(tmp_path / "folder", LLAMA, there)
+    with pytest.raises(
+        ValueError, match=r"folder: .*describes: missing: model\.embed_tokens\.weight$"
+    ):
+        loading.load_weights(folder)
+    there = tensors(LLAMA)
+    there["model.layers.0.self_attn.q_proj.weight"] = np.zeros((D, D + K), np.float32)[:, :D]
+    del there["model.layers.1.mlp.down_proj.weight"]
+    path = save_gguf(tmp_path / "m.gguf", there)
+    with pytest.raises(ValueError, match=r"m\.gguf: .*: missing: blk\.1\.ffn_down\.weight$"):
+        loading.load_weights(path)
+
+
+def test_an_error_that_no_check_foresaw_names_the_file(tmp_path, monkeypatch):
+    folder = byte_level_folder(tmp_path / "m")
+    for error in (TypeError("x" * 3), ValueError("no file's name in it"), MemoryError("1 TiB")):
+
+        def fails(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(loading.hf_config, "model_config", fails)
+        with pytest.raises(ValueError, match=rf"m cannot be loaded: .*{error}") as caught:
+            sinks.load(folder)
+        assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def reader():
     """A small model that has learned the paragraph by heart."""
@@ -218,7 +263,24 @@ def test_ropes_features_in_the_wrong_order_are_told_apart(reader, short, theirs)
         loading.check_reading(CONFIG, values, TOKENIZER, "m.gguf")
 
 
+def test_a_model_that_answers_nan_is_refused(short):
+    values = params.init(CONFIG, jax.random.key(1))
+    values["unembed"] = values["unembed"] * 3e38  # finite, and its products are not
+    with pytest.raises(ValueError, match=r"m\.gguf: .* is NaN: its weights are damaged"):
+        loading.check_reading(CONFIG, values, TOKENIZER, "m.gguf")
+
+
+def test_an_untrained_model_is_not_blamed_for_its_features_order(short, monkeypatch):
+    """Whatever order it has, chance makes one of them a little better."""
+    other = iter([400.0, 300.0, 250.0])
+    monkeypatch.setattr(loading, "_perplexity", lambda *_: next(other))
+    with pytest.warns(UserWarning, match="reads English badly"):
+        loading.check_reading(CONFIG, params.init(CONFIG, jax.random.key(0)), TOKENIZER)
+
+
 def test_a_model_that_reads_nothing_is_only_warned_about(short):
     values = params.init(CONFIG, jax.random.key(1))
-    with pytest.warns(UserWarning, match=r"untrained model or one of another language"):
+    with pytest.warns(
+        UserWarning, match=r"reads English badly.*by lot has 264\. That is right for an untrained"
+    ):
         assert loading.check_reading(CONFIG, values, TOKENIZER) > 200

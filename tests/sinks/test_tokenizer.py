@@ -184,3 +184,95 @@ def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model"')
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
         tk.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"merges": ["h q"]}, r"merges\[0\]='h q' joins what tokenizer\.ggml\.tokens does not hold"),
+    ({"merges": ["he"]}, r"merges\[0\]='he' joins"),
+    ({"merges": []}, "merges is missing"),
+    ({"merges": [1]}, r"merges=\[1\], it must be a list of short texts"),
+    ({"tokens": ["a", 1]}, "tokens=.*, it must be a list of short texts"),
+    ({"tokens": ["a", "a"]}, "tokens has 2 entries, 1 of them twice"),
+    ({"token_type": [1]}, "token_type has 1 entries for 263 tokens"),
+    ({"token_type": [99] * 263}, "token_type=a list of 263, it must be a list of token types"),
+    ({"bos_token_id": 263}, "bos_token_id=263, there are 263 tokens"),
+    ({"eot_token_id": -1}, "eot_token_id=-1, it must be a whole number from 0"),
+    ({"eos_token_id": "2"}, "eos_token_id='2'"),
+    ({"model": 3}, "model=3, it must be text"),
+])  # fmt: skip
+def test_metadata_that_do_not_fit_are_named(change, message):
+    with pytest.raises(ValueError, match=rf"m\.gguf: .*{message}"):
+        tk.from_gguf(byte_level_metadata(**change), "m.gguf")
+
+
+def test_scores_that_do_not_fit_are_named():
+    for scores in ([0.0], [float("nan")] * 268, None):
+        metadata = sentencepiece_metadata() | {"tokenizer.ggml.scores": scores}
+        if scores is None:
+            del metadata["tokenizer.ggml.scores"]
+        with pytest.raises(ValueError, match=r"tokenizer\.ggml\.scores"):
+            tk.from_gguf(metadata)
+
+
+def test_llama_3_takes_a_piece_that_is_a_token_whole():
+    """Its merges do not make all of its words."""
+    words = byte_level_metadata()["tokenizer.ggml.tokens"]
+    metadata = byte_level_metadata(tokens=[*words, "hello"], token_type=[3] * 3 + [1] * 261)
+    for pre, ids in (("llama-bpe", [263]), ("gpt-2", None)):
+        got = tk.from_gguf(metadata | {"tokenizer.ggml.pre": pre}).encode("hello")
+        assert got == ids or (ids is None and len(got) == 4)
+
+
+def folder_of_words(folder, **files):
+    BYTES.backend.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{name}.json").write_text(text)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("tokenizer_config", '{"bos_tok', r"tokenizer_config\.json is no JSON"),
+    ("tokenizer_config", "[]", r"tokenizer_config\.json holds a JSON list"),
+    ("tokenizer_config", {"bos_token": 3}, "bos_token=3, it must be text"),
+    ("tokenizer_config", {"eos_token": "<nobody>"}, "eos_token='<nobody>' is no token of tokenizer.json"),
+    ("tokenizer_config", {"chat_template": ["x"]}, "chat_template=.*, it must be text or a list"),
+    ("tokenizer_config", {"chat_template": [{"name": "default"}]}, "chat_template="),
+    ("generation_config", "3", r"generation_config\.json holds a JSON int"),
+    ("generation_config", {"eos_token_id": "2"}, "eos_token_id='2', it must be"),
+    ("generation_config", {"eos_token_id": [2, 263]}, "eos_token_id=263, tokenizer.json has tokens below 263"),
+])  # fmt: skip
+def test_a_file_beside_the_tokenizer_that_is_damaged_is_named(tmp_path, name, content, message):
+    folder_of_words(tmp_path, **{name: content})
+    with pytest.raises(ValueError, match=message) as caught:
+        tk.from_folder(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_lost_merges_are_noticed(tmp_path):
+    """All text would be read letter by letter."""
+    folder_of_words(tmp_path)
+    words = json.loads((tmp_path / "tokenizer.json").read_text())
+    words["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: of 4 tokens none comes back .* merges are"
+    ):
+        tk.from_folder(tmp_path)
+
+
+def test_ids_with_a_gap_count_up_to_the_last(tmp_path):
+    """An embedding of as many rows as there are tokens would be read beyond its end."""
+    folder_of_words(tmp_path)
+    words = json.loads((tmp_path / "tokenizer.json").read_text())
+    words["model"]["vocab"]["z"] = 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    assert tk.from_folder(tmp_path).vocab_size == 5001
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ 'a' * 10**14 }}", "{{ " + "(" * 3000 + " }}"]
+)
+def test_a_template_that_fails_is_one_plain_error(template):
+    metadata = byte_level_metadata() | {"tokenizer.chat_template": template}
+    with pytest.raises(ValueError, match="the chat template"):
+        tk.from_gguf(metadata).chat([])
