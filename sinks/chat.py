@@ -20,6 +20,7 @@ import argparse
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -30,7 +31,7 @@ from sinks import hub, stream
 from sinks.cache import CacheSpec
 from sinks.conversation import Conversation
 from sinks.sampling import Sampling
-from sinks.terminal import dim, handling_interrupts, make_reader, say
+from sinks.terminal import dim, erase, handling_interrupts, make_reader, say
 
 __all__ = ["Conversation", "main"]
 
@@ -47,9 +48,15 @@ def main(argv: list[str] | None = None) -> int:
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
     except ValueError as error:
         parser.error(str(error))
-    weights = args.weights or ("int8" if jax.default_backend() == "cpu" else "float32")
     keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", str(hub.cache_folder() / "compiled"))
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _open_and_converse(args, spec, sampling)
+
+
+def _open_and_converse(args: argparse.Namespace, spec: CacheSpec, sampling: Sampling) -> int:
+    weights = args.weights or ("int8" if jax.default_backend() == "cpu" else "float32")
     try:
         model = sinks.load(args.model, dtype="bfloat16" if weights == "bfloat16" else "float32")
         params = stream.prepare(model.params, int8=weights == "int8")
@@ -69,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     with handling_interrupts(lambda *_: stopped.set()):
         _converse(talk, args.limit, make_reader(), stopped)
     return 0
+
+
+def _warn(message: Warning | str, *_, **__) -> None:
+    say(f"warning: {message}", error=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,17 +171,20 @@ def _command(talk: Conversation, message: str) -> str:
 def _reply(talk: Conversation, message: str, limit: int, stopped: threading.Event) -> None:
     """Prints the answer as it appears, and a line of facts. Ctrl-C stops it, not the program."""
     before, began, answered = talk.length, 0.0, False
-    for i, piece in enumerate(talk.answer(message, limit, stopped.is_set)):
+    for i, piece in enumerate(talk.answer(message, limit, _watched(talk, stopped))):
+        if i == 0:
+            erase()
         if i == 1:  # the first token waits for the prompt, and once for a compilation
             began, before = time.perf_counter(), talk.length
         answered = True
         say(piece, end="")
+    if not answered:
+        erase()
     read, whole = talk.reading
-    if not answered and read < whole:
-        say(
-            f"\nstopped: the stream holds the first {read:,} of {whole:,} tokens of this message; what you write next goes "
-            "on with it"
-        )
+    if stopped.is_set() and not answered:
+        part = f"the first {read:,} of {whole:,} tokens" if read < whole else "all"
+        goes_on = "; what you write next goes on with it" if 0 < read < whole else ""
+        say(f"stopped: the stream holds {part if read else 'nothing'} of this message{goes_on}")
     seconds = time.perf_counter() - began if began else 0.0
     rate = (talk.length - before) / seconds if seconds else 0.0
     filled = min(talk.length, talk.spec.capacity) / talk.spec.capacity
@@ -179,6 +193,21 @@ def _reply(talk: Conversation, message: str, limit: int, stopped: threading.Even
         f"{talk.forgotten:,} forgotten]"
     )
     print(f"\n{dim(facts)}", flush=True)
+
+
+def _watched(talk: Conversation, stopped: threading.Event) -> Callable[[], bool]:
+    """Whether to stop; asked between chunks, it shows how far the reading of a long message is."""
+    then = time.monotonic()
+
+    def ask() -> bool:
+        nonlocal then
+        read, whole = talk.reading
+        if 0 < read < whole and time.monotonic() - then > 1:
+            then = time.monotonic()
+            erase(f"reading: {read:,} of {whole:,} tokens")
+        return stopped.is_set()
+
+    return ask
 
 
 def _offer_to_save(talk: Conversation, read: Callable[[str], str]) -> None:

@@ -99,6 +99,7 @@ class Conversation:
           ValueError: the chat template refuses the message. The stream is as it was.
         """
         turn = self.dialog.turn(message)
+        self.reading = (0, len(turn.ids))
         logits = None if stop() else self._read(turn, stop)
         if logits is None:
             return
@@ -118,7 +119,8 @@ class Conversation:
                 self._unread = [] if token in ends else [token]
                 if not self._unread:
                     break
-                shown.append(words.push(token))
+                # Weights can have rows for more tokens than there are: such a one is nothing to show.
+                shown.append(words.push(token) if token < tokenizer.vocab_size else "")
                 yield shown[-1]
                 if i == limit or stop():
                     break

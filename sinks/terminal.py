@@ -27,6 +27,12 @@ def dim(text: str) -> str:
     return f"\x1b[2m{visible(text)}\x1b[0m" if sys.stdout.isatty() else visible(text)
 
 
+def erase(text: str = "") -> None:
+    """Writes `text` over the terminal's last line; nothing where the output is no terminal."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{visible(text)}", end="", flush=True)
+
+
 def make_reader() -> Callable[[str], str]:
     """A function that asks for a message, and raises EOFError at the end and KeyboardInterrupt at Ctrl-C.
 
