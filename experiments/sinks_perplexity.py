@@ -48,6 +48,7 @@ class Settings:
     cache_sizes: tuple[int, ...]
     sinks: tuple[int, ...]
     sample: int
+    block: int
     chunk: int
     save_every: int
     seed: int
@@ -72,7 +73,9 @@ class Settings:
                     )
                     continue
                 for sinks in (0,) if kind == "window" else self.sinks:
-                    policy = make_policy(kind, cache_size=size, sinks=sinks, **spec)
+                    policy = make_policy(
+                        kind, cache_size=size, sinks=sinks, block=self.block, **spec
+                    )
                     yield f"{kind} {sinks}+{size - sinks}", policy
 
 

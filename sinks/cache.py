@@ -126,6 +126,44 @@ def init(
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
+def restack(cache: Cache, stacked: bool) -> Cache:
+    """The same cache with the ring's layers on one leading axis, or as a tuple (see `init`)."""
+    if isinstance(cache.ring, dict) == stacked:
+        return cache
+    if isinstance(cache.ring, dict):
+        depth = cache.ring["k"].shape[0]
+        return replace(
+            cache, ring=tuple({x: p[i] for x, p in cache.ring.items()} for i in range(depth))
+        )
+    return replace(cache, ring=jax.tree.map(lambda *layers: jnp.stack(layers), *cache.ring))
+
+
+def check_cache(config: ModelConfig, cache: Cache) -> None:
+    """Raises ValueError for a cache that an earlier call has used up, or that was made for another model."""
+    check_unused(cache)
+    stacked = isinstance(cache.ring, dict)
+    want = abstract(config, cache.spec, cache.length.shape[0], stacked=stacked)
+    describe = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    if describe(cache) != describe(want):
+        layers, _, heads, _, width = cache.sinks["sink_k"].shape
+        raise ValueError(
+            f"this cache was made for another model: it holds {layers} layers of {heads} key heads of width {width}, and "
+            f"the model has {config.depth} of {config.kv_heads} of width {config.head_dim}. Make one with cache.init"
+        )
+
+
+def check_unused(cache: Cache) -> None:
+    """Raises ValueError for a cache whose arrays an earlier call has taken over."""
+    leaves = [cache.length, cache.evicted, *cache.sinks.values()]
+    if any(
+        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+        for leaf in leaves
+    ):
+        raise ValueError(
+            "this cache was used up by an earlier call, which overwrote it: use the cache that extend returned"
+        )
+
+
 def logical_axes(cache: Cache) -> Cache:
     """The logical axes of every array: rows over "batch", key heads over "heads"."""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sinks.cache import Cache, check_cache
 from sinks.config import ModelConfig
 from sinks.policies import Policy, score_chunk
 from sinks.stream import Tokens, check_tokens
@@ -98,9 +99,13 @@ def score(
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: at least 1")
     state = policy.init(config) if state is None else state
+    if isinstance(state, Cache):
+        check_cache(config, state)
     key = jax.random.key(seed)
-    for place in range(first, len(ids) - 1, chunk):
-        n = min(chunk, len(ids) - 1 - place)
+    place, block = first, policy.block
+    chunk = min(chunk, block) if block else chunk
+    while place < len(ids) - 1:
+        n = min(chunk, len(ids) - 1 - place, block - place % block if block else chunk)
         window = np.zeros(chunk + 1, np.int32)
         window[: n + 1] = ids[place : place + n + 1]
         nll, scored, state = score_chunk(
@@ -108,3 +113,4 @@ def score(
         )  # fmt: skip
         scored = np.asarray(scored)
         yield Piece(place, np.where(scored, nll, 0), scored, place + n, state)
+        place += n

@@ -5,13 +5,14 @@
   recompute          for every token a fresh pass over the last R. The oracle of quality, R times the work.
   sinks              S sinks and the last R tokens: the paper.
   evict_for_space    sinks, but room is made for whole blocks (chat turns), which then attend to all that is kept.
+                     A text has no turns: every `block` tokens are one.
 
 Legend: B batch, T tokens of a chunk, L window, D width.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,19 @@ from sinks.config import ModelConfig
 
 Params = dict[str, Any]
 POLICIES = ("dense", "window", "recompute", "sinks", "evict_for_space")
+BLOCK = 256  # tokens of a turn, where a text has none
 UNEMBED_ROWS = 128  # tokens whose logits exist at a time
 
 
 class Policy(Protocol):
-    """Scores a stream chunk by chunk. Implementations are frozen and hashable: static arguments of one jitted step."""
+    """Scores a stream chunk by chunk. Implementations are frozen and hashable: static arguments of one jitted step.
+
+    Attributes:
+      block: no chunk may reach over a multiple of it; 0: chunks may lie anywhere. Scores do not depend on the chunks.
+    """
+
+    @property
+    def block(self) -> int: ...
 
     def init(self, config: ModelConfig) -> Any:
         """The state before the first token: a pytree of arrays, of a size that stays."""
@@ -51,19 +60,29 @@ class Cached:
     """Policies that keep keys and values: dense, window and sinks, by their `spec`.
 
     Attributes:
-      blocks: before each chunk, room is made for all of it (`evict_for_space`), and none of its tokens evicts another.
+      block: before each block of so many tokens, room is made for all of it (`evict_for_space`), and none of its tokens
+        evicts another. 0: token by token.
     """
 
     spec: CacheSpec
-    blocks: bool = False
+    block: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.block < self.spec.recent:
+            raise ValueError(
+                f"block={self.block}: 0 (off) or more, and below the {self.spec.recent} recent tokens of the cache, or else "
+                "every block begins with the sinks alone. Take a larger cache or shorter blocks"
+            )
 
     def init(self, config: ModelConfig) -> Cache:
         return cache.init(config, self.spec, 1, stacked=True)
 
     def score(self, config, params, state, tokens_T, targets_T, n, key):
         del key
-        if self.blocks:
-            state = evict_for_space(state, n)
+        if self.block:
+            begins = state.length[0] % self.block == 0
+            room = evict_for_space(state, self.block)
+            state = replace(state, evicted=jnp.where(begins, room.evicted, state.evicted))
         x_BTD, state = stream.hidden(config, params, state, tokens_T[None], n[None])
         nll_T = token_nll(config, params, x_BTD[0], targets_T)
         return nll_T, jnp.arange(len(tokens_T)) < n, state
@@ -81,6 +100,7 @@ class Recompute:
     length: int
     sample: int = 0
     batch: int = 8
+    block: ClassVar[int] = 0
 
     def init(self, config: ModelConfig) -> dict[str, jax.Array]:
         return {"history": jnp.zeros(self.length, jnp.int32), "seen": jnp.int32(0)}
@@ -113,13 +133,20 @@ class Recompute:
 
 
 def make_policy(
-    name: str, *, cache_size: int = 1024, sinks: int = 4, sample: int = 0, **spec: Any
+    name: str,
+    *,
+    cache_size: int = 1024,
+    sinks: int = 4,
+    sample: int = 0,
+    block: int = BLOCK,
+    **spec: Any,
 ) -> Policy:
     """A policy by name, with a cache of `cache_size` tokens in all (S + R), as the paper writes "4+1020".
 
     Args:
       sinks: for "sinks" and "evict_for_space"; others have none.
       sample: for "recompute".
+      block: for "evict_for_space", tokens of a turn; below `cache_size - sinks`.
       spec: dtype and int8 of CacheSpec. For "dense", cache_size is the longest text.
     """
     if name not in POLICIES:
@@ -130,7 +157,8 @@ def make_policy(
         sinks = 0
     if cache_size <= sinks:
         raise ValueError(f"cache_size={cache_size} leaves no room beside sinks={sinks}: enlarge it")
-    return Cached(CacheSpec(sinks, cache_size - sinks, **spec), name == "evict_for_space")
+    block = block if name == "evict_for_space" else 0
+    return Cached(CacheSpec(sinks, cache_size - sinks, **spec), block)
 
 
 def evict_for_space(cache: Cache, coming: jax.Array | int) -> Cache:

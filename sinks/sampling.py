@@ -1,6 +1,7 @@
 """From logits to the next token. Legend: B batch, V vocabulary."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token.
+      temperature: logits are divided by it, 1e-4 to 1e4; 0 takes the likeliest token.
       top_k: only among the k likeliest; 0: among all.
       top_p: only among the likeliest that together reach this probability (nucleus sampling); 1: among all.
     """
@@ -21,10 +22,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: 0 (off) or more")
+        if not (self.temperature == 0 or 1e-4 <= self.temperature <= 1e4):
+            raise ValueError(f"temperature={self.temperature}: 0 (greedy), or from 1e-4 to 1e4")
+        if not isinstance(self.top_k, Integral) or not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k={self.top_k}: a whole number, 0 (off) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: in (0, 1], 1 is off")
 

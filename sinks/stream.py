@@ -19,7 +19,15 @@ import numpy as np
 
 from sinks import models
 from sinks.attention import attend, make_plan
-from sinks.cache import MAX_LENGTH, Cache, CacheSpec, Layer, update
+from sinks.cache import (
+    MAX_LENGTH,
+    Cache,
+    CacheSpec,
+    Layer,
+    check_cache,
+    check_unused,
+    update,
+)
 from sinks.config import ModelConfig
 from sinks.models.layers import Rows
 from sinks.sampling import Sampling, sample
@@ -185,9 +193,12 @@ def extend(
       Logits [B, V] after each row's last token (zeros where a row got none), and the cache.
 
     Raises:
-      ValueError: a wrong number of rows, no token at all, a token id outside the vocabulary, or a stream longer than 2^31.
+      ValueError: a wrong number of rows, no token at all, a token id outside the vocabulary, a stream longer than 2^31, or
+        a cache that was used up before or made for another model.
     """
     texts = [check_tokens(config, row) for row in rows]
+    if not chunks or min(chunks) < 1:
+        raise ValueError(f"chunks={tuple(chunks)}: at least one length, each 1 or more")
     check_stream(config, params, cache, texts)
     lengths = np.array([len(text) for text in texts])
     logits_BV, done = None, 0
@@ -215,6 +226,7 @@ def decode_step(
     sampling: Sampling = Sampling(),
 ) -> tuple[jax.Array, Cache]:
     """Feeds one token per row and draws the next, int32 [B]. The cache is donated."""
+    check_unused(cache)
     next_B, kept = _draw(config, params, cache, token_B, key, sampling)
     return next_B, _write(cache, kept)
 
@@ -250,6 +262,7 @@ class Generation:
         sampling: Sampling = Sampling(),
         key: jax.Array | None = None,
     ):
+        check_cache(config, cache)
         self._config, self._params, self._sampling = config, params, sampling
         self._key = jax.random.key(0) if key is None else key
         self._place = int(jnp.max(cache.length))
@@ -289,6 +302,7 @@ def check_stream(
     config: ModelConfig, params: Params, cache: Cache, rows: Sequence[np.ndarray]
 ) -> None:
     """Raises ValueError for what cannot be streamed into this cache."""
+    check_cache(config, cache)
     batch = cache.length.shape[0]
     if len(rows) != batch:
         raise ValueError(f"the cache holds {batch} streams, got {len(rows)} rows of tokens")

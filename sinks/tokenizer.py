@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -89,11 +90,17 @@ class Tokenizer:
             )
         return self.backend.decode(ids, skip_special_tokens=not special)
 
-    def chat(self, messages: Iterable[Mapping[str, str]], *, answer: bool = True) -> str:
+    def chat(
+        self,
+        messages: Iterable[Mapping[str, str]],
+        *,
+        answer: bool = True,
+        now: datetime | None = None,
+    ) -> str:
         """The conversation as text, by the weights' own template; `answer` opens the assistant's turn.
 
-        `messages` are {"role": "system", "user" or "assistant", "content": ...}. Raises ValueError where the weights
-        came without a template, or theirs refuses the conversation.
+        `messages` are {"role": "system", "user" or "assistant", "content": ...}; `now` is what the template's clock shows,
+        by default the time. Raises ValueError where the weights came without a template, or theirs refuses the conversation.
         """
         try:
             return self._template.render(
@@ -101,6 +108,9 @@ class Tokenizer:
                 add_generation_prompt=answer,
                 bos_token=self._token(self.bos_id),
                 eos_token=self._token(next(iter(self.eos_ids), None)),
+                tools=None,
+                documents=None,
+                strftime_now=(now or datetime.now()).strftime,
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
@@ -116,10 +126,11 @@ class Tokenizer:
                 "these weights come without a chat template: they are no chat model. Stream plain text through them"
             )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(
             value, ensure_ascii=False, indent=indent
         )
@@ -130,6 +141,16 @@ class Tokenizer:
 
     def _token(self, token: int | None) -> str:
         return "" if token is None else self.backend.id_to_token(token) or ""
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}, with which templates mark what a model is trained to write: its content, as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _refuse(message: str) -> None:

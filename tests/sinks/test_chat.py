@@ -60,21 +60,6 @@ def test_a_stopped_answer_is_continued_as_it_was_shown(model):
     assert after[0] == after[1]
 
 
-def test_a_saved_stream_goes_on_as_if_never_left(model, tmp_path):
-    talk, other = conversation(model), conversation(model)
-    list(talk.answer("Once upon a time", limit=7))
-    talk.save(str(tmp_path / "talk"))
-    other.load(str(tmp_path / "talk"))
-    assert list(other.answer("And?", limit=7)) == list(talk.answer("And?", limit=7))
-    with pytest.raises(ValueError, match="choose a new name"):
-        talk.save(str(tmp_path / "talk"))
-    with pytest.raises(ValueError, match="no folder that /save made"):
-        talk.load(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match="misshapen"):
-        larger = chat.Conversation(model, CacheSpec(2, 31), Sampling(), jax.random.key(0))
-        larger.load(str(tmp_path / "talk"))
-
-
 def test_the_program_from_start_to_quit(model, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sinks, "load", lambda name, dtype: model)
     lines = [

@@ -73,6 +73,23 @@ def test_evict_for_space_is_the_official_chats():
     np.testing.assert_allclose(np.concatenate(got), want, atol=1e-4)
 
 
+def test_evict_for_space_is_the_same_however_the_text_is_cut():
+    """Every 4 tokens are a turn, as in the reference; chunks are a matter of speed, and a stream may be continued."""
+    sinks, recent, block = 3, 10, 4
+    p = small.params(C)
+    turns = {start: block for start in range(0, len(TOKENS), block)}
+    want = from_logits(reference.stream(C, p, TOKENS, sinks, recent, turns))
+    policy = policies.make_policy("evict_for_space", cache_size=13, sinks=sinks, block=block)
+    for chunk in (3, 4, 40):
+        np.testing.assert_allclose(nll(policy, p=p, chunk=chunk), want, atol=1e-4)
+    pieces = perplexity.score(C, p, policy, TOKENS, chunk=3)
+    half = [next(pieces) for _ in range(5)]
+    saved = jax.tree.map(jnp.copy, half[-1].state)
+    rest = perplexity.score(C, p, policy, TOKENS, chunk=40, first=half[-1].next, state=saved)
+    got = np.concatenate([x.nll[x.scored] for x in (*half, *rest)])
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 def test_a_stream_continues_where_it_stood():
     policy = policies.make_policy("sinks", cache_size=8, sinks=2)
     p = small.params(C)
@@ -99,6 +116,10 @@ def test_tallies_add_up():
     [
         (lambda: policies.make_policy("streaming"), "'streaming' is unknown; known: dense"),
         (lambda: policies.make_policy("sinks", cache_size=4, sinks=4), "no room beside sinks=4"),
+        (
+            lambda: policies.make_policy("evict_for_space", cache_size=13, sinks=3, block=10),
+            "block=10: .* below the 10 recent tokens",
+        ),
         (lambda: nll(policies.Recompute(4), TOKENS[:1]), "1 tokens predicts nothing"),
         (lambda: nll(policies.Recompute(4), np.array([1, 99])), "token 99"),
     ],

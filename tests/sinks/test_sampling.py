@@ -36,7 +36,15 @@ def test_tokens_are_drawn_with_these_probabilities(sampling, want):
     np.testing.assert_allclose(frequencies(sampling), want, atol=0.03)
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(dict(temperature=t) for t in (-1.0, np.nan, np.inf, 1e-40, 1e9)),
+        *(dict(top_k=k) for k in (-1, 2.5, np.nan, np.inf, 2**31)),
+        *(dict(top_p=p) for p in (0.0, -0.1, 1.1, np.nan, np.inf)),
+    ],
+    ids=str,
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)

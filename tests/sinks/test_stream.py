@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinks import attention, stream
+from sinks import attention, perplexity, policies, stream
 from sinks.cache import CacheSpec, init
 from tests.sinks import reference, small
 
@@ -160,6 +160,42 @@ def test_what_cannot_be_streamed_is_refused(rows, message):
     cache = init(c, CacheSpec(2, 5), 1, stacked=True)
     with pytest.raises(ValueError, match=message):
         stream.extend(c, small.params(c), cache, rows)
+
+
+@pytest.mark.parametrize("spec", [CacheSpec(2, 5), CacheSpec(0, 5)], ids=["sinks", "window"])
+def test_a_cache_that_was_used_up_is_named(spec):
+    """It is donated: what `extend` returned takes its place."""
+    c = small.config()
+    p, old = small.params(c), init(c, spec, 1, stacked=True)
+    logits, new = stream.extend(c, p, old, [[1]], chunks=(1,))
+    policy = policies.Cached(spec)
+    for use in (
+        lambda: stream.extend(c, p, old, [[2]], chunks=(1,)),
+        lambda: stream.decode_step(c, p, old, jnp.zeros(1, jnp.int32), jax.random.key(0)),
+        lambda: stream.Generation(c, p, old, logits),
+        lambda: next(perplexity.score(c, p, policy, [1, 2], state=old)),
+    ):
+        with pytest.raises(ValueError, match=r"used up .* use the cache that extend returned"):
+            use()
+    stream.extend(c, p, new, [[2]], chunks=(1,))
+
+
+@pytest.mark.parametrize(
+    "other", [dict(depth=3), dict(kv_heads=1), dict(head_dim=8)], ids=lambda x: next(iter(x))
+)
+def test_a_cache_of_another_model_is_named(other):
+    c = small.config()
+    cache = init(small.config(**other), CacheSpec(2, 5), 1, stacked=True)
+    with pytest.raises(ValueError, match=r"cache was made for another model: .* Make one with"):
+        stream.extend(c, small.params(c), cache, [[1]])
+
+
+@pytest.mark.parametrize("chunks", [(), (0, 4), (-1,)])
+def test_chunks_without_a_length_are_refused(chunks):
+    c = small.config()
+    cache = init(c, CacheSpec(2, 5), 1, stacked=True)
+    with pytest.raises(ValueError, match=r"chunks=.*at least one length"):
+        stream.extend(c, small.params(c), cache, [[1]], chunks=chunks)
 
 
 def test_layouts_that_do_not_fit_and_streams_too_long_are_refused():

@@ -22,7 +22,14 @@ def get_config(arg: str = ""):
         cache_sizes="1024",
         sinks="1+2+4+8",
     )
-    smoke = {"cache_sizes": (16,), "sinks": (2,), "tokens": 100, "chunk": 32, "save_every": 1}
+    smoke = {
+        "cache_sizes": (16,),
+        "sinks": (2,),
+        "tokens": 100,
+        "block": 8,
+        "chunk": 32,
+        "save_every": 1,
+    }
     config = {
         "job": "sinks_perplexity",
         "name": "perplexity",
@@ -36,7 +43,8 @@ def get_config(arg: str = ""):
         "cache_sizes": tuple(map(int, args.cache_sizes.split("+"))),  # S + R
         "sinks": tuple(map(int, args.sinks.split("+"))),
         "sample": 0,  # predictions per chunk of policy "recompute"; 0: all, at cache_size times the work
-        "chunk": 1024,
+        "block": 256,  # tokens of a turn, of policy "evict_for_space": room is made for all of it; below cache_size - sinks
+        "chunk": 1024,  # tokens at a time; but for `sample`, no result depends on it
         "save_every": 32,  # chunks between checkpoints
         "seed": 0,
     }
