@@ -224,7 +224,8 @@ def _paced(steps: int, seconds: float) -> int:
 
 def _learned(opt_state: Any) -> dict[str, jax.Array]:
     try:
-        return {k: v for k, v in learned(opt_state).items() if "signal" not in k}
+        kinds = {"signal", "skipped", "of_peak"}
+        return {k: v for k, v in learned(opt_state).items() if not kinds & set(k.split("/"))}
     except ValueError:  # nothing is
         return {}
 

@@ -24,7 +24,7 @@ def auto(
     factory: Callable[..., optax.GradientTransformation],
     *,
     learning_rate: float | Learn = 1e-3,
-    guards: Guards = Guards(max_move=0.1, settle=100),
+    guards: Guards | None = Guards(),
     by: optax.GradientTransformation | None = None,
     trace: Trace = Trace(power=1.0),
     **kwargs: Any,
@@ -37,11 +37,28 @@ def auto(
     thousandth at first: 100 updates lead up to it), which pulls a rate that is far too high down before it does harm. One
     float32 copy of the parameters is kept.
 
+    Where it stalls: without gradient noise (the whole data set in each batch, a small deterministic task), and after a
+    large shift of the target or one outlier gradient, the rate can fall and not come back; training then stands still,
+    with no error. `metaopt.learned(state)["of_peak/learning_rate"]` is the rate over its largest so far: below 1e-4 it has
+    stalled. Then set it again (`state = optax.tree.set(state, learning_rate=1e-3)`), or start anew with a signal of the
+    last update alone (`trace=Trace()`), clipping inside the factory against outliers, or a fixed rate.
+
+    To log: `optax.tree.get(state, "learning_rate")`, or `metaopt.learned(state)` for all there is to see.
+
     Args:
       factory: takes `learning_rate`; further keywords may be `learn(...)` as well.
       learning_rate: where to start, or `learn(...)`; `learn(1.0, schedule=...)` learns a factor in front of a schedule.
-      guards, by, trace: replace our defaults. Guards(max_move=0.1, settle=100, rollback=Rollback()) adds rollback,
-        which needs `value=`.
+      guards: what is not given in them is as here: Guards(rollback=Rollback()) adds rollback, which needs `value=`, and
+        keeps the rest; Guards(max_move=0) lets updates be of any length. None for none at all.
+      by, trace: replace our defaults.
     """
+    if callable(learning_rate):
+        raise TypeError(
+            "auto(learning_rate=<a schedule>): give learn(1.0, schedule=...), which learns a factor in front of it, or a "
+            "number, which needs no schedule"
+        )
     rate = learning_rate if isinstance(learning_rate, Learn) else learn(learning_rate)
-    return hyper(factory, learning_rate=rate, by=by or top(), guards=guards, trace=trace, **kwargs)
+    if isinstance(guards, Guards):
+        guards = guards.filled(max_move=0.1, settle=100)
+    by = top() if by is None else by
+    return hyper(factory, learning_rate=rate, by=by, guards=guards, trace=trace, **kwargs)

@@ -1,14 +1,15 @@
 """What keeps a learned hyperparameter from ruining a run. Each guard can be switched off."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from metaopt.rule import Rule, Values
+from metaopt.rule import Row, Rule, Values, named, row
 
 RMS_DECAY = 0.9  # of the running mean square that signals are divided by
+OF_PEAK = "of_peak_"  # what the name of the rate begins with in GuardState.peak
 FAST, SLOW = 0.5, 0.95  # decays of the two running losses that rollback compares
 
 
@@ -39,15 +40,19 @@ class Guards:
     """The guards of one level. `Guards.none()` is the paper's: none at all.
 
     Attributes:
-      skip_nonfinite: a step with NaN or infinite gradients changes nothing; a signal that is not finite counts as zero.
+      skip_nonfinite: a step with NaN or infinite gradients changes nothing; a signal that is not finite counts as zero;
+        a step of the upper optimizer that is not finite is not taken, and that optimizer stays as it was. The last two are
+        counted, and shown by `learned` and `describe`: a keyword that is never learned is seen there.
       safe_sqrt: see metaopt/safe.py; without it one weight of zero gradient makes the signal of b2 NaN.
       normalize: signals are divided by their running root mean square and clipped to [-1, 1], so that the upper
         optimizer's rate is in raw units a step (0.05: at most 5 % a step in the log form), whatever the task's units.
       max_change: largest change of a raw value in a step; 0 for none.
       max_move: largest norm of an update relative to the parameters' norm; 0 for none. A longer update is shortened, and
-        the learned rate with it: what makes a rate that is far too high harmless. Needs a learned rate.
+        the learned rate with it: what makes a rate that is far too high harmless. Needs a learned rate. None, when not
+        given: 0.1 in `auto`, 0 in `hyper`.
       settle: so many updates until `max_move` is reached, linearly from zero; 0 for at once. A rate that starts too high is
-        then cut before it has moved the parameters far, and one that starts well is warmed up.
+        then cut before it has moved the parameters far, and one that starts well is warmed up. None, when not given: 100
+        in `auto`, 0 in `hyper` or where max_move is 0.
       rollback: see `Rollback`; one more copy of the parameters. Needs a learned rate.
       rate: the keyword that is the rate.
     """
@@ -56,23 +61,43 @@ class Guards:
     safe_sqrt: bool = True
     normalize: bool = True
     max_change: float = 0.2
-    max_move: float = 0.0
-    settle: int = 0
+    max_move: float | None = None
+    settle: int | None = None
     rollback: Rollback | None = None
     rate: str = "learning_rate"
 
     @classmethod
     def none(cls) -> "Guards":
         """Every guard off."""
-        return cls(skip_nonfinite=False, safe_sqrt=False, normalize=False, max_change=0.0)
+        return cls(
+            skip_nonfinite=False, safe_sqrt=False, normalize=False, max_change=0.0, max_move=0.0, settle=0,
+        )  # fmt: skip
+
+    def filled(self, max_move: float = 0.0, settle: int = 0) -> "Guards":
+        """With these in place of what was not given."""
+        move = max_move if self.max_move is None else self.max_move
+        if self.settle is not None:
+            settle = self.settle
+        elif not move:
+            settle = 0
+        return replace(self, max_move=move, settle=settle)
 
     def check(self, rule: Rule) -> None:
-        """Raises ValueError for settings that do not fit the rule."""
-        if self.max_change < 0 or self.max_move < 0:
+        """Raises TypeError or ValueError for settings that do not fit the rule."""
+        for name in ("max_change", "max_move", "settle"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"Guards({name}={value!r}): give a number, 0 for none")
+        if self.rollback is not None and not isinstance(self.rollback, Rollback):
+            raise TypeError(
+                f"Guards(rollback={self.rollback!r}): give Rollback(), or None for none"
+            )
+        # Written so that NaN is refused, too.
+        if not (self.max_change >= 0 and self.max_move >= 0):
             raise ValueError(
                 f"max_change={self.max_change} and max_move={self.max_move} must not be negative"
             )
-        if self.settle < 0 or (self.settle and not self.max_move):
+        if not self.settle >= 0 or (self.settle and not self.max_move):
             raise ValueError(f"settle={self.settle} must not be negative, and needs max_move > 0")
         if (self.max_move or self.rollback) and self.rate not in rule.learned:
             what = "max_move" if self.max_move else "rollback"
@@ -93,19 +118,55 @@ class RollbackState(NamedTuple):
 
 
 class GuardState(NamedTuple):
-    mean_square: Values  # () where signals are not normalised
+    """What the guards remember; rows are in the order of the keywords' names.
+
+    mean_square: of the signals; () where they are not normalised.  seen i32[]: since the first that was not zero.
+    skipped: how many signals were not finite and counted as zero.  refused i32[]: steps of the upper optimizer that were
+    not taken.  peak: of the rate, without its schedule: the largest so far, and the present one as a share of that; empty
+    where it is not learned.
+    rollback: RollbackState, or ().
+    """
+
+    mean_square: Row
     seen: jax.Array
-    rollback: Any  # RollbackState, or ()
+    skipped: Row
+    refused: jax.Array
+    peak: dict[str, jax.Array]
+    rollback: Any
 
 
 def init_guards(guards: Guards, rule: Rule, raw: Values, params: Any) -> GuardState:
-    zero = jnp.zeros((), rule.dtype(params))
-    back: Any = ()
+    dtype, back = rule.dtype(params), ()
     if guards.rollback:
-        copy = jax.tree.map(jnp.copy, params)
-        back = RollbackState(copy, zero, zero, zero, jnp.zeros((), jnp.int32))
-    squares = jax.tree.map(jnp.zeros_like, raw) if guards.normalize else {}
-    return GuardState(squares, jnp.zeros((), jnp.int32), back)
+        # An array of its own for each: a buffer can be donated only once.
+        zeros = (jnp.zeros((), dtype) for _ in range(3))
+        back = RollbackState(jax.tree.map(jnp.copy, params), *zeros, jnp.zeros((), jnp.int32))
+    return GuardState(
+        mean_square=row(jax.tree.map(jnp.zeros_like, raw)) if guards.normalize else (),
+        seen=jnp.zeros((), jnp.int32),
+        skipped=row(jax.tree.map(lambda r: jnp.zeros(r.shape, jnp.int32), raw)),
+        refused=jnp.zeros((), jnp.int32),
+        peak={
+            k: jnp.ones_like(raw[guards.rate]) for k in _peak_names(guards) if guards.rate in raw
+        },
+        rollback=back,
+    )
+
+
+def counted(state: GuardState, signals: Values) -> tuple[Values, GuardState]:
+    """Signals with zero for what is not finite, and their count."""
+    bad = jax.tree.map(lambda h: ~jnp.isfinite(h), signals)
+    skipped = tuple(n + b.astype(n.dtype) for n, b in zip(state.skipped, row(bad), strict=True))
+    signals = jax.tree.map(lambda b, h: jnp.where(b, 0, h), bad, signals)
+    return signals, state._replace(skipped=skipped)
+
+
+def taken(state: GuardState, steps: Values, new: Any, old: Any) -> tuple[Values, Any, GuardState]:
+    """(steps, state of the upper optimizer, state): nothing moves where a step is not finite."""
+    good = finite(steps)
+    steps = jax.tree.map(lambda s: jnp.where(good, s, 0), steps)
+    refused = state.refused + (~good).astype(jnp.int32)
+    return steps, select(good, new, old), state._replace(refused=refused)
 
 
 def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Values, GuardState]:
@@ -113,7 +174,9 @@ def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Valu
     if not guards.normalize:
         return signals, state
     square = jax.tree.map(
-        lambda s, h: RMS_DECAY * s + (1 - RMS_DECAY) * h * h, state.mean_square, signals
+        lambda s, h: RMS_DECAY * s + (1 - RMS_DECAY) * h * h,
+        named(signals, state.mean_square),
+        signals,
     )
     # Until the first signal that is not zero there is nothing to average.
     seen = jnp.where(any_nonzero(square), state.seen + 1, 0)
@@ -125,7 +188,28 @@ def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Valu
         known = (s > 0) & (seen > 1)
         return jnp.clip(jnp.where(known, h * jax.lax.rsqrt(jnp.where(known, s, 1)), 0), -1, 1)
 
-    return jax.tree.map(divided, signals, square), state._replace(mean_square=square, seen=seen)
+    state = state._replace(mean_square=row(square), seen=seen)
+    return jax.tree.map(divided, signals, square), state
+
+
+def peaked(guards: Guards, rule: Rule, state: GuardState, raw: Values, start: Any) -> GuardState:
+    """The largest rate so far, and the present one as a share of it; where `start` is true, they begin anew."""
+    if guards.rate not in raw:
+        return state
+    rate = rule.learned[guards.rate].unscheduled(raw[guards.rate])
+    largest, share = _peak_names(guards)
+    peak = jnp.where(start, rate, jnp.maximum(state.peak[largest], rate))
+    part = jnp.where(peak > 0, rate / jnp.where(peak > 0, peak, 1), 1)
+    return state._replace(peak={largest: peak, share: part})
+
+
+def _peak_names(guards: Guards) -> tuple[str, str]:
+    return f"largest_{guards.rate}", OF_PEAK + guards.rate
+
+
+def parts_of(x: jax.Array) -> tuple[jax.Array, ...]:
+    """The real and the imaginary part, or the one there is."""
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
 def any_nonzero(tree: Any) -> jax.Array:
@@ -141,7 +225,11 @@ def shortening(
             "Guards(max_move=...) needs the parameters: call update(grads, state, params)"
         )
     dtype, size = rule.dtype(updates), sum(x.size for x in jax.tree.leaves(params))
-    square = lambda tree: sum(jnp.sum(jnp.square(x.astype(dtype))) for x in jax.tree.leaves(tree))  # noqa: E731
+
+    def square(tree):
+        parts = (p for x in jax.tree.leaves(tree) for p in parts_of(x))
+        return sum(jnp.sum(jnp.square(p.astype(dtype))) for p in parts)
+
     squares = jnp.stack([jnp.asarray(square(t), dtype) for t in (updates, params)])
     if axis_name is not None:
         squares = jax.lax.psum(squares, axis_name)

@@ -1,6 +1,7 @@
 """The paper's algorithm as one optax transformation: every optimizer's hyperparameters are the next one's parameters."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -10,28 +11,43 @@ import optax
 from metaopt import guards as guarding
 from metaopt.guards import Guards
 from metaopt.pack import Packed, packed
-from metaopt.rule import Values, make_rule
-from metaopt.signals import Trace, choose, pack_sum
+from metaopt.rule import Row, Rule, Values, make_rule, named, row
+from metaopt.signals import Method, Trace, choose, pack_sum, scaled
 
 
 class HyperState(NamedTuple):
     """One level of a tower; plain arrays only.
 
-    count i32[]: updates done.  raw: learned hyperparameters, unconstrained.  values: the same in natural units, as used in
-    the last update.  signals: the last hypergradients by raw, before guards.  base: the base optimizer's state.  by: the
-    upper optimizer's, packed (`inspect.levels` unpacks it).  memory: what the signal needs of the last update.
-    guard: what the guards remember.  moved bool[]: whether there is a last update to judge.
+    updates i32[]: how many were done.  values: what is learned, by keyword, in natural units, as used in the last update;
+    `optax.tree.get(state, "learning_rate")` finds it, and what `optax.tree.set(state, learning_rate=0.5)` puts there is
+    what the next update uses (a value that the keyword cannot have is not taken).  used: the values again, to see
+    that.  raws: learned hyperparameters, unconstrained.  slopes: the last hypergradients by them, before guards.  base: the
+    base optimizer's state.  by: the upper optimizer's, packed (`inspect.levels` unpacks it).  memory: what the signal
+    needs of the last update.  guard: what the guards remember.  moved bool[]: whether there is a last update to judge.
+
+    Rows (used, raws, slopes) are in the order of the keywords' names; `raw` and `signals` give them with their names.
     """
 
-    count: jax.Array
-    raw: Values
+    updates: jax.Array
     values: Values
-    signals: Values
+    used: Row
+    raws: Row
+    slopes: Row
     base: Any
     by: Packed
     memory: Any
     guard: guarding.GuardState
     moved: jax.Array
+
+    @property
+    def raw(self) -> Values:
+        """Learned hyperparameters by keyword, unconstrained."""
+        return named(self.values, self.raws)
+
+    @property
+    def signals(self) -> Values:
+        """d loss / d raw by keyword."""
+        return named(self.values, self.slopes)
 
 
 def hyper(
@@ -56,7 +72,7 @@ def hyper(
       factory: any function that returns a transformation. It is called at every update, with the present values.
       by: any optax transformation; it updates the raw values from their hypergradients. `hyper(...)` again for a tower
         of any height. With the default guards its rate is the change of a raw value a step.
-      guards: see `Guards`; None for none.
+      guards: see `Guards`; None for none, as the paper has it.
       mode: how the derivative of the last update is had (metaopt/signals.py). "auto" takes the one with the least memory;
         `describe(state)` says which, and what it costs.
       trace: how far back signals look; the last update alone by default.
@@ -64,7 +80,8 @@ def hyper(
       kwargs: the factory's; `learn(...)` or constants.
 
     `update` takes two extra arguments of its own and passes all others on: `value`, the loss, which rollback needs; and
-    `hyper_cotangent`, a gradient tree to use in the signal in place of `grads`, such as that of a held-out batch.
+    `hyper_cotangent`, a gradient tree to use in the signal in place of `grads`, such as that of a held-out batch. Gradients
+    of complex parameters are what optax takes, the conjugates of those of `jax.grad`.
 
     Raises:
       TypeError, ValueError: a keyword that the factory does not take, that must be a Python constant, or on which its
@@ -74,26 +91,16 @@ def hyper(
         raise TypeError(
             f"by={by!r} is not an optax transformation; give the optimizer of the hyperparameters, e.g. by=optax.sgd(0.02)"
         )
-    guards = guards or Guards.none()
+    if guards is not None and not isinstance(guards, Guards):
+        raise TypeError(f"guards={guards!r}: give Guards(...), or None for no guards at all")
+    guards = (guards or Guards.none()).filled()
     rule = make_rule(factory, kwargs)
     guards.check(rule)
     method = choose(rule, mode, trace, guards.safe_sqrt)
-    upper = packed(by)
+    level = _Level(rule, method, packed(by), guards, trace, axis_name)
 
     def init(params: Any) -> HyperState:
-        raw = rule.init_raw(params)
-        count = jnp.zeros((), jnp.int32)
-        return HyperState(
-            count=count,
-            raw=raw,
-            values=rule.values(raw, count),
-            signals=jax.tree.map(jnp.zeros_like, raw),
-            base=rule.init(params),
-            by=upper.init(raw),
-            memory=method.init(rule, params),
-            guard=guarding.init_guards(guards, rule, raw, params),
-            moved=jnp.zeros((), bool),
-        )
+        return _init(level, params)
 
     def update(
         grads: Any,
@@ -106,99 +113,173 @@ def hyper(
     ) -> tuple[Any, HyperState]:
         if value is not None:
             extra["value"] = value
-        # 1. How the loss would have changed with the last update's hyperparameters: [du/dh]^T g.
-        cotangent = grads if hyper_cotangent is None else hyper_cotangent
-        last = jnp.maximum(state.count - 1, 0)
-        signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
-        signals = pack_sum(signals, axis_name)
-        # A NaN in any gradient is a NaN in the sums, so the gradients themselves are read only when there is one.
-        good = jax.lax.cond(
-            guarding.finite(signals),
-            lambda: jnp.ones((), bool),
-            lambda: _all_finite(grads, axis_name),
-        )
-        signals = jax.tree.map(lambda h: jnp.where(state.moved, h, 0), signals)
-        if guards.skip_nonfinite:
-            signals = jax.tree.map(lambda h: jnp.where(jnp.isfinite(h), h, 0), signals)
-
-        def advance() -> tuple[Any, HyperState]:
-            # 2. The level above moves the hyperparameters, after the levels above it have moved its own.
-            steps, guard = guarding.normalized(guards, state.guard, signals)
-            steps, by_state = upper.update(steps, state.by, state.raw)
-            if guards.max_change:
-                limit = guards.max_change
-                steps = jax.tree.map(lambda s: jnp.clip(s, -limit, limit), steps)
-            raw = jax.tree.map(lambda r, s: (r + s).astype(r.dtype), state.raw, steps)
-            raw = rule.clip(raw)
-
-            # 3. The base optimizer moves the parameters, with the new values.
-            step = method.step(rule, raw, state.count, grads, state.base, params, extra)
-            updates, memory = step.updates, step.memory
-            if guards.max_move:
-                factor = guarding.shortening(guards, rule, updates, params, state.count, axis_name)
-                updates, memory = _times(factor, updates), _shorten(memory, factor)
-                rate = guards.rate
-                raw = rule.clip(raw | {rate: rule.learned[rate].scaled(raw[rate], factor)})
-            if trace:
-                memory = _traced(trace, state.memory, memory, state.count)
-            values = rule.values(raw, state.count)
-            moved = jnp.ones((), bool)
-            return updates, HyperState(
-                state.count + 1, raw, values, signals, step.base, by_state, memory, guard, moved
-            )
-
-        def stay() -> tuple[Any, HyperState]:
-            return jax.tree.map(jnp.zeros_like, grads), state
-
-        updates, new = jax.lax.cond(good, advance, stay) if guards.skip_nonfinite else advance()
-        if guards.rollback:
-            jumped, back = guarding.watch_loss(guards.rollback, state.guard.rollback, value, params)
-            home = guarding.back_to(back.snapshot, params, updates)
-            updates = guarding.select(jumped, home, updates)
-            new = guarding.select(jumped, _restarted(new, params), new)
-            new = new._replace(guard=new.guard._replace(rollback=back))
-        return updates, new
-
-    def _restarted(new: HyperState, params: Any) -> HyperState:
-        """The state after a return to the snapshot: a lower rate, and a fresh base optimizer, since its averages hold
-        the gradients of the explosion."""
-        assert guards.rollback
-        raw = new.raw | {
-            guards.rate: rule.learned[guards.rate].scaled(
-                new.raw[guards.rate], jnp.asarray(guards.rollback.cut)
-            )
-        }
-        raw = rule.clip(raw)
-        return new._replace(
-            raw=raw,
-            values=rule.values(raw, jnp.maximum(new.count - 1, 0)),
-            base=rule.init(params),
-            memory=jax.tree.map(jnp.zeros_like, new.memory),
-            moved=jnp.zeros((), bool),
-        )
+        return _update(level, grads, state, params, hyper_cotangent, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One optimizer and what learns its hyperparameters."""
+
+    rule: Rule
+    method: Method
+    upper: optax.GradientTransformationExtraArgs
+    guards: Guards
+    trace: Trace
+    axis_name: Any
+
+
+def _init(level: _Level, params: Any) -> HyperState:
+    rule = level.rule
+    raw = rule.init_raw(params)
+    updates = jnp.zeros((), jnp.int32)
+    values = rule.values(level.method.settled(rule, raw, updates, params), updates)
+    state = HyperState(
+        updates=updates,
+        values=values,
+        used=row(values),
+        raws=row(raw),
+        slopes=row(jax.tree.map(jnp.zeros_like, raw)),
+        base=rule.init(params),
+        by=level.upper.init(raw),
+        memory=level.method.init(rule, params),
+        guard=guarding.init_guards(level.guards, rule, raw, params),
+        moved=jnp.zeros((), bool),
+    )
+    return _of_its_own(state, params)
+
+
+def _of_its_own(state: Any, params: Any) -> Any:
+    """The state with every array a buffer of its own, so that a train step can donate it together with the parameters."""
+    seen = {id(x) for x in jax.tree.leaves(params)}
+
+    def own(x):
+        if id(x) in seen:
+            x = jnp.copy(x)
+        seen.add(id(x))
+        return x
+
+    return jax.tree.map(own, state)
+
+
+def _update(
+    level: _Level, grads: Any, state: HyperState, params: Any, hyper_cotangent: Any, extra: dict
+) -> tuple[Any, HyperState]:
+    """(updates, state). 1. How the loss would have changed with the last update's hyperparameters: [du/dh]^T g."""
+    rule, method, guards = level.rule, level.method, level.guards
+    state = state._replace(
+        values={k: _like(v, r) for (k, v), r in zip(sorted(state.values.items()), state.raws)}
+    )
+    last = jnp.maximum(state.updates - 1, 0)
+    cotangent = grads if hyper_cotangent is None else hyper_cotangent
+    signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
+    signals = pack_sum(signals, level.axis_name)
+
+    def advance() -> tuple[Any, HyperState]:
+        return _advance(level, grads, signals, state, params, extra)
+
+    def stay() -> tuple[Any, HyperState]:
+        # A select, and not zeros: these have the sharding of the gradients, whatever the mesh.
+        return jax.tree.map(
+            lambda g: jnp.where(jnp.ones((), bool), 0, g).astype(g.dtype), grads
+        ), state
+
+    if guards.skip_nonfinite:
+        # Where a NaN in any gradient is one in the sums, the gradients themselves are read only when there is one.
+        known = method.reads_all and hyper_cotangent is None
+        good = jax.lax.cond(
+            guarding.finite(signals) if known else jnp.zeros((), bool),
+            lambda: jnp.ones((), bool),
+            lambda: _all_finite(grads, level.axis_name),
+        )
+        updates, new = jax.lax.cond(good, advance, stay)
+    else:
+        updates, new = advance()
+    if guards.rollback:
+        old = state.guard.rollback
+        jumped, back = guarding.watch_loss(guards.rollback, old, extra.get("value"), params)
+        home = guarding.back_to(back.snapshot, params, updates)
+        updates = guarding.select(jumped, home, updates)
+        new = guarding.select(jumped, _restarted(level, new, params), new)
+        new = new._replace(guard=new.guard._replace(rollback=back))
+    return updates, new
+
+
+def _advance(
+    level: _Level, grads: Any, signals: Values, state: HyperState, params: Any, extra: dict
+) -> tuple[Any, HyperState]:
+    rule, method, guards, count = level.rule, level.method, level.guards, state.updates
+    signals = jax.tree.map(lambda h: jnp.where(state.moved, h, 0), signals)
+    guard = state.guard
+    if guards.skip_nonfinite:
+        signals, guard = guarding.counted(guard, signals)
+
+    # 2. The level above moves the hyperparameters, after the levels above it have moved its own.
+    steps, guard = guarding.normalized(guards, guard, signals)
+    steps, by_state = level.upper.update(steps, state.by, state.raw)
+    if guards.skip_nonfinite:
+        steps, by_state, guard = guarding.taken(guard, steps, by_state, state.by)
+    if guards.max_change:
+        limit = guards.max_change
+        steps = jax.tree.map(lambda s: jnp.clip(s, -limit, limit), steps)
+    last = jnp.maximum(count - 1, 0)
+    raw, was_set = rule.by_hand(state.raw, state.values, named(state.values, state.used), last)
+    steps = jax.tree.map(lambda was, s: jnp.where(was, 0, s), was_set, steps)
+    raw = rule.clip(jax.tree.map(lambda r, s: (r + s).astype(r.dtype), raw, steps))
+
+    # 3. The base optimizer moves the parameters, with the new values.
+    step = method.step(rule, raw, count, grads, state.base, params, extra)
+    updates, memory = step.updates, step.memory
+    if guards.max_move:
+        factor = guarding.shortening(guards, rule, updates, params, count, level.axis_name)
+        updates, memory = scaled(factor, updates), method.shortened(memory, factor)
+        rate = method.settled(rule, raw, count, params)[guards.rate]
+        rate = rule.learned[guards.rate].scaled(rate, factor)
+        raw = rule.clip(raw | {guards.rate: jnp.where(factor < 1, rate, raw[guards.rate])})
+    if level.trace:
+        memory = level.trace.added(state.memory, memory, count)
+    start = (count == 0) | was_set.get(guards.rate, False)
+    values = rule.values(method.settled(rule, raw, count, params), count)
+    return updates, HyperState(
+        updates=count + 1,
+        values=values,
+        used=jax.tree.map(jnp.copy, row(values)),  # no buffer twice, if this is not inside jit
+        raws=row(raw),
+        slopes=row(signals),
+        base=step.base,
+        by=by_state,
+        memory=memory,
+        guard=guarding.peaked(guards, rule, guard, raw, start),
+        moved=jnp.ones((), bool),
+    )
+
+
+def _restarted(level: _Level, new: HyperState, params: Any) -> HyperState:
+    """The state after a return to the snapshot: a lower rate, and a fresh base optimizer, since its averages hold the
+    gradients of the explosion."""
+    rule, guards, raw = level.rule, level.guards, new.raw
+    assert guards.rollback
+    cut = rule.learned[guards.rate].scaled(raw[guards.rate], jnp.asarray(guards.rollback.cut))
+    raw = rule.clip(raw | {guards.rate: cut})
+    last = jnp.maximum(new.updates - 1, 0)
+    values = rule.values(level.method.settled(rule, raw, last, params), last)
+    return new._replace(
+        values=values,
+        used=row(values),
+        raws=row(raw),
+        base=rule.init(params),
+        memory=jax.tree.map(jnp.zeros_like, new.memory),
+        guard=guarding.peaked(guards, rule, new.guard, raw, True),
+        moved=jnp.zeros((), bool),
+    )
+
+
+def _like(value: Any, raw: jax.Array) -> jax.Array:
+    """A value as an array, since a user may have set a number."""
+    return jnp.broadcast_to(jnp.asarray(value, raw.dtype), raw.shape)
 
 
 def _all_finite(tree: Any, axis_name: Any) -> jax.Array:
     good = guarding.finite(tree)
     return good if axis_name is None else jax.lax.pmin(good.astype(jnp.int32), axis_name) > 0
-
-
-def _times(factor: jax.Array, tree: Any) -> Any:
-    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
-
-
-def _shorten(memory: Any, factor: jax.Array) -> Any:
-    """The memory of an update that was multiplied by `factor`; what Closed and Replay keep follows from the rate."""
-    tangents = getattr(memory, "tangents", None)
-    return memory if tangents is None else memory._replace(tangents=_times(factor, tangents))
-
-
-def _traced(trace: Trace, old: Any, new: Any, count: jax.Array) -> Any:
-    def add(z, t):
-        keep = jax.lax.optimization_barrier(jnp.asarray(trace.keep(count, z.dtype), z.dtype))
-        # A derivative that is not finite, once added, would stay for ever.
-        return (keep * z + jnp.where(jnp.isfinite(t), t, 0)).astype(z.dtype)
-
-    return new._replace(tangents=jax.tree.map(add, old.tangents, new.tangents))

@@ -86,6 +86,22 @@ class Learn:
         assert self.bijector
         return self.bijector.inverse(self.bijector.forward(raw) * factor, jnp)
 
+    def unscheduled(self, raw: jax.Array) -> jax.Array:
+        """The value, or with a schedule the factor in front of it."""
+        assert self.bijector
+        return self.bijector.forward(raw)
+
+    def raw_of(self, value: jax.Array, count: jax.Array) -> jax.Array:
+        """The raw side of a value at update number `count`; NaN or infinite where there is none.
+
+        Where the schedule is at zero, as before a warm-up, the value is that of the next update.
+        """
+        assert self.bijector
+        if self.schedule is not None:
+            now, after = (jnp.asarray(self.schedule(c), value.dtype) for c in (count, count + 1))
+            value = value / jnp.where(now == 0, after, now)
+        return self.bijector.inverse(value, jnp)
+
     def value(self, raw: jax.Array, count: jax.Array) -> jax.Array:
         """The value in natural units at update number `count`, the schedule's factor included."""
         assert self.bijector
@@ -109,29 +125,62 @@ def learn(
         "raw", "square" (of a square root) and "half_logit", or a `Bijector`.
       scope: "global" (one value), "leaf" (one for each array of parameters), or labels: a pytree like the parameters, or a
         function from parameters to one; arrays with the same label share a value.
-      bounds: values are kept in this closed interval. Default: the bijector's.
+      bounds: (lower, upper); values are kept in this closed interval. Default: the bijector's.
       schedule: the factor form; the optimizer sees `schedule(count) * learned`, count from 0.
 
     Raises:
       ValueError, TypeError: what cannot be learned, here or in `hyper`, before anything is computed.
     """
-    if isinstance(init, (bool, str)) or not isinstance(init, (int, float, np.floating)):
-        raise TypeError(
-            f"learn({init!r}): only a real number can be learned, not {type(init).__name__}; leave other keywords "
-            "as they are"
-        )
+    init = _number(init)
     if not math.isfinite(init):
         raise ValueError(f"learn({init}) is not finite")
     if isinstance(bijector, str):
         if bijector not in BIJECTORS:
             raise ValueError(f"bijector={bijector!r} is unknown; known: {', '.join(BIJECTORS)}")
         bijector = BIJECTORS[bijector]
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds={bounds}: the lower one must be below the upper one")
+    elif bijector is not None and not isinstance(bijector, Bijector):
+        raise TypeError(f"bijector={bijector!r}: give a Bijector, or one of {', '.join(BIJECTORS)}")
+    if bounds is not None:
+        bounds = _pair(bounds)
     if isinstance(scope, str) and scope not in ("global", "leaf"):
         raise ValueError(
             f'scope={scope!r}: give "global", "leaf", a pytree of labels, or a function to one'
         )
     if schedule is not None and not callable(schedule):
         raise TypeError(f"schedule={schedule!r} is not a function of the update count")
-    return Learn(float(init), bijector, scope, bounds, schedule)
+    return Learn(init, bijector, scope, bounds, schedule)
+
+
+def _number(init: Any) -> float:
+    """One real number, of Python, numpy or jax."""
+    if callable(init):
+        raise TypeError(
+            f"learn({getattr(init, '__name__', init)}): only a real number can be learned, not a function; "
+            "learn(1.0, schedule=...) learns the factor in front of a schedule"
+        )
+    if isinstance(init, jax.core.Tracer):
+        raise TypeError(
+            f"learn({init}): the initial value must be known when the optimizer is made, but it is traced here; "
+            "make the optimizer outside jit, vmap and inject_hyperparams"
+        )
+    kind = getattr(init, "dtype", np.dtype(type(init)) if isinstance(init, (int, float)) else None)
+    real = kind is not None and jnp.issubdtype(kind, jnp.number) and np.ndim(init) == 0
+    if isinstance(init, (bool, str)) or not real or jnp.issubdtype(kind, jnp.complexfloating):
+        raise TypeError(
+            f"learn({init!r}): only a real number can be learned, not {type(init).__name__}; leave other keywords "
+            "as they are"
+        )
+    return float(init)
+
+
+def _pair(bounds: Any) -> tuple[float, float]:
+    try:
+        low, high = bounds
+        ordered = bool(low < high)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"bounds={bounds!r}: give two numbers, (lower, upper); -inf and inf where there is none"
+        ) from None
+    if not ordered:
+        raise ValueError(f"bounds={bounds}: the lower one must be below the upper one")
+    return low, high

@@ -4,35 +4,45 @@ A level holds some ten scalars, and a step takes and gives each array at some mi
 handing over than in computing.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+import copyreg
+import threading
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Packed:
-    """A tree of small arrays.
+
+class _Arrays(NamedTuple):
+    vectors: dict[str, jax.Array]
+    others: tuple[Any, ...]
+
+
+class _Layout(type):
+    """Of a `Packed`: which tree it holds is a matter of its class. A named tuple of arrays is what every way of saving
+    knows, flax.serialization and orbax included."""
+
+
+class Packed(_Arrays, metaclass=_Layout):
+    """A tree of small arrays, as a named tuple. Two of the same layout have the same class.
 
     Attributes:
       vectors: by the dtype's name, its leaves flattened one after another, in the tree's order.
       others: leaves that cannot be (PRNG keys), in order.
-      structure: of the tree.  leaves: each one's dtype ("" among the others) and shape.
+      structure: of the tree.  leaves: each one's dtype ("" among the others) and shape. Both belong to the class.
     """
 
-    vectors: dict[str, jax.Array]
-    others: tuple[Any, ...]
-    structure: Any = field(metadata={"static": True})
-    leaves: tuple[tuple[str, tuple[int, ...]], ...] = field(metadata={"static": True})
+    __slots__ = ()
+    structure: Any
+    leaves: Leaves
 
     def unpack(self) -> Any:
         """The tree. Axes that `jax.vmap` put before all arrays stay in front of each; shapes give shapes."""
         if any(isinstance(v, jax.ShapeDtypeStruct) for v in self.vectors.values()):
-            return jax.eval_shape(Packed.unpack, self)
+            return jax.eval_shape(type(self).unpack, self)
         others, starts, out = iter(self.others), dict.fromkeys(self.vectors, 0), []
         for name, shape in self.leaves:
             if not name:
@@ -40,8 +50,25 @@ class Packed:
                 continue
             vector, start = self.vectors[name], starts[name]
             starts[name] = end = start + int(np.prod(shape))
-            out.append(vector[..., start:end].reshape(*vector.shape[:-1], *shape))
+            out.append(vector[..., start:end].reshape((*vector.shape[:-1], *shape)))
         return jax.tree.unflatten(self.structure, out)
+
+
+_KNOWN: dict[tuple[Any, Leaves], type[Packed]] = {}
+_LOCK = threading.Lock()
+
+
+def _layout(structure: Any, leaves: Leaves) -> type[Packed]:
+    """The one class of this layout: two classes would be two structures to jax."""
+    with _LOCK:
+        if (structure, leaves) not in _KNOWN:
+            members = {"__slots__": (), "structure": structure, "leaves": leaves}
+            _KNOWN[structure, leaves] = _Layout("Packed", (Packed,), members)
+        return _KNOWN[structure, leaves]
+
+
+# Copies of a state in another process find the class by its layout.
+copyreg.pickle(_Layout, lambda c: "Packed" if c is Packed else (_layout, (c.structure, c.leaves)))  # ty: ignore
 
 
 def pack(tree: Any) -> Packed:
@@ -55,7 +82,7 @@ def pack(tree: Any) -> Packed:
         if name
     }
     others = tuple(x for x, name in zip(leaves, names) if not name)
-    return Packed(vectors, others, structure, tuple((n, x.shape) for n, x in zip(names, leaves)))
+    return _layout(structure, tuple((n, x.shape) for n, x in zip(names, leaves)))(vectors, others)
 
 
 def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

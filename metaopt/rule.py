@@ -1,7 +1,7 @@
 """A base optimizer as a function of its learned hyperparameters."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,19 @@ import optax
 from metaopt.learn import Learn
 
 Values = dict[str, jax.Array]  # keyword -> its value: f[], or f[G] with one entry for each group
+# The same without names, in their alphabetical order. In states, names belong to the values alone, so that
+# optax.tree.get(state, "learning_rate") finds one thing.
+Row = tuple[jax.Array, ...]
+
+
+def row(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Values without their names."""
+    return tuple(values[name] for name in sorted(values))
+
+
+def named(names: Iterable[str], row: tuple[Any, ...]) -> dict[str, Any]:
+    """Values with their names again; () gives none."""
+    return dict(zip(sorted(names), row, strict=True)) if row else {}
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,8 @@ class Rule:
     # Values.
 
     def dtype(self, tree: Any) -> Any:
-        """Of hyperparameters: float32, whatever the parameters are, or float64 next to float64 ones."""
-        return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(tree)))
+        """Of hyperparameters: float32, whatever the parameters are, or float64 next to float64 ones. Real numbers."""
+        return jnp.result_type(jnp.float32, *(real(x.dtype) for x in jax.tree.leaves(tree)))
 
     def init_raw(self, params: Any) -> Values:
         n, _ = self.groups(params)
@@ -88,6 +101,21 @@ class Rule:
         # Without the barrier XLA's CPU compiler computes exp(raw) anew for every element of the model.
         return jax.lax.optimization_barrier(values)
 
+    def by_hand(
+        self, raw: Values, values: Values, used: Values, count: jax.Array
+    ) -> tuple[Values, dict[str, jax.Array]]:
+        """(raw values, which of them were set): what `optax.tree.set(state, learning_rate=0.5)` asks for.
+
+        `used` are the values of the last update, number `count`. What the keyword cannot be is not taken.
+        """
+        new, was_set = {}, {}
+        for name, spec in self.learned.items():
+            wanted = spec.raw_of(values[name], count)
+            was_set[name] = (values[name] != used[name]) & jnp.isfinite(wanted)
+            wanted = jnp.clip(wanted, *spec.raw_bounds()).astype(raw[name].dtype)
+            new[name] = jnp.where(was_set[name], wanted, raw[name])
+        return new, was_set
+
     def clip(self, raw: Values) -> Values:
         """Into the bounds."""
         return {
@@ -97,7 +125,7 @@ class Rule:
     # The optimizer.
 
     def init(self, params: Any) -> Any:
-        return self._built({name: spec.init for name, spec in self.learned.items()}).init(params)
+        return self.built({name: spec.init for name, spec in self.learned.items()}).init(params)
 
     def apply(
         self, values: Values, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]
@@ -105,7 +133,7 @@ class Rule:
         """(updates, new state), of the types that plain optax gives them."""
 
         def updated(values: Mapping[str, Any]) -> tuple[Any, Any]:
-            update = optax.with_extra_args_support(self._built(values)).update
+            update = optax.with_extra_args_support(self.built(values)).update
             updates, new = update(grads, state, params, **extra)
             return _cast_like(updates, grads), _cast_like(new, state)
 
@@ -118,15 +146,21 @@ class Rule:
         treedef = jax.tree.structure(grads)
         group_tree = jax.tree.unflatten(treedef, group)
         group_of_state = optax.tree_utils.tree_map_params(
-            self._built({name: spec.init for name, spec in self.learned.items()}),
+            self.built({name: spec.init for name, spec in self.learned.items()}),
             lambda _, g: g, state, group_tree, transform_non_params=lambda _: 0,
         )  # fmt: skip
         pick = lambda g, *options: options[g]  # noqa: E731
         updates = jax.tree.map(pick, group_tree, *(u for u, _ in results))
         return updates, jax.tree.map(pick, group_of_state, *(s for _, s in results))
 
-    def _built(self, values: Mapping[str, Any]) -> optax.GradientTransformation:
+    def built(self, values: Mapping[str, Any]) -> optax.GradientTransformation:
+        """The plain optimizer with these values."""
         return self.factory(**self.constants, **values)
+
+
+def real(dtype: Any) -> Any:
+    """The type of a number's real part."""
+    return jnp.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
 
 
 def _is_global(scope: Any) -> bool:
@@ -141,9 +175,13 @@ def _cast_like(new: Any, old: Any) -> Any:
 
 def make_rule(factory: Any, kwargs: Mapping[str, Any]) -> Rule:
     """Splits keywords into constants and learned ones, and refuses what cannot work (see `hyper`)."""
-    if not callable(factory) or isinstance(factory, optax.GradientTransformation):
+    if isinstance(factory, tuple):
         raise TypeError(
             f"hyper({factory!r}): give the factory, optax.adamw, not the transformation, optax.adamw(1e-3)"
+        )
+    if not callable(factory):
+        raise TypeError(
+            f"hyper({factory!r}): give the factory itself, as in hyper(optax.adamw, ...), not {type(factory).__name__}"
         )
     name = getattr(factory, "__name__", str(factory))
     learned = {k: v.resolved(k) for k, v in kwargs.items() if isinstance(v, Learn)}
@@ -187,9 +225,43 @@ def probe_tree() -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def needs_value(rule: Rule) -> bool | None:
+    """Whether the update refuses to go without the loss, `value=`. None: it wants more, such as a function; or another
+    model than `probe_tree`."""
+    for extra in ({}, {"value": jnp.zeros(())}):
+        try:
+            _trace_update(rule, probe_tree(), extra)
+        except Exception:  # whatever a factory raises
+            continue
+        return bool(extra)
+    return None
+
+
+def needs_params(rule: Rule) -> bool:
+    """Whether the update refuses to go without parameters, as weight decay does."""
+    try:
+        _trace_update(rule, None, {"value": jnp.zeros(())} if needs_value(rule) else {})
+    except Exception:  # whatever a factory raises
+        return True
+    return False
+
+
+def _trace_update(rule: Rule, params: Any, extra: Mapping[str, Any]) -> None:
+    tree = probe_tree()
+    tx = rule.built({name: spec.init for name, spec in rule.learned.items()})
+    tx = optax.with_extra_args_support(tx)
+    jax.eval_shape(
+        lambda g, s, p: tx.update(g, s, p, **extra), tree, jax.eval_shape(rule.init, tree), params
+    )
+
+
 def _probe(rule: Rule, factory: str) -> None:
     """Traces one update on small shapes: can each keyword be a traced value, and does the update depend on it?"""
     tree = probe_tree()
+    value = needs_value(rule)
+    if value is None:  # found out when it meets its model, or its arguments
+        return
+    extra = {"value": jnp.ones(())} if value else {}
 
     def tangent(names):
         """The update's derivative by the named keywords, the others being constants."""
@@ -197,7 +269,7 @@ def _probe(rule: Rule, factory: str) -> None:
 
         def updates(values, grads, state, params):
             tx = optax.with_extra_args_support(rule.factory(**rule.constants, **rest, **values))
-            return tx.update(grads, state, params)[0]
+            return tx.update(grads, state, params, **extra)[0]
 
         values = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in names}
         state = jax.eval_shape(rule.init, tree)
@@ -205,10 +277,6 @@ def _probe(rule: Rule, factory: str) -> None:
             lambda v, dv, g, s, p: jax.jvp(lambda v: updates(v, g, s, p), (v,), (dv,))[1]
         )(values, values, tree, state, tree)
 
-    try:
-        tangent(())
-    except Exception:  # a factory for one particular model: found out when it meets that
-        return
     for keyword in rule.learned:
         try:
             jaxpr = tangent((keyword,)).jaxpr
@@ -222,7 +290,18 @@ def _probe(rule: Rule, factory: str) -> None:
             if any(not hasattr(v, "val") and v in reached for v in eqn.invars):
                 reached.update(eqn.outvars)
         if not any(not hasattr(v, "val") and v in reached for v in jaxpr.outvars):
-            raise ValueError(
-                f"{keyword} of {factory} has no one-step hypergradient: the update does not depend on it smoothly; "
-                f"pass {keyword}={rule.learned[keyword].init:g}"
-            )
+            _refuse(rule, factory, keyword)
+
+
+def _refuse(rule: Rule, factory: str, keyword: str) -> None:
+    """Says why an update does not depend on a keyword."""
+    state = jax.eval_shape(rule.init, probe_tree())
+    if optax.tree.get_all_with_path(state, "hyperparams"):
+        raise ValueError(
+            f"{keyword} of {factory}: inject_hyperparams keeps it in the optimizer state, where it cannot be learned; give "
+            f"the factory without inject_hyperparams"
+        )
+    raise ValueError(
+        f"{keyword} of {factory} has no one-step hypergradient: the update does not depend on it smoothly; "
+        f"pass {keyword}={rule.learned[keyword].init:g}"
+    )

@@ -19,9 +19,19 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from metaopt.closed import decay_mask, find_form
-from metaopt.rule import Rule, Values, probe_tree
-from metaopt.safe import safe_sqrt
+from metaopt.closed import decay_mask, find_form, off_one
+from metaopt.guards import parts_of
+from metaopt.rule import (
+    Rule,
+    Values,
+    named,
+    needs_params,
+    needs_value,
+    probe_tree,
+    real,
+    row,
+)
+from metaopt.safe import safe_roots
 
 
 @dataclass(frozen=True)
@@ -51,19 +61,36 @@ class Trace:
         count = count.astype(dtype)
         return self.gamma if self.power is None else (count / (count + 1)) ** self.power
 
+    def added(
+        self, old: "TangentMemory", new: "TangentMemory", count: jax.Array
+    ) -> "TangentMemory":
+        """The memory with the term of update `count` (from 0).
+
+        A derivative that is not finite makes the next signal so, which counts as zero, and is then forgotten: once added, it
+        would stay for ever.
+        """
+
+        def add(z, t):
+            keep = jnp.asarray(self.keep(count, real(z.dtype)), real(z.dtype))
+            keep = jax.lax.optimization_barrier(keep)
+            return (keep * jnp.where(jnp.isfinite(z), z, 0) + t).astype(z.dtype)
+
+        return new._replace(tangents=jax.tree.map(add, old.tangents, new.tangents))
+
 
 class ClosedMemory(NamedTuple):
     grads: Any  # () where no copy is needed
 
 
 class TangentMemory(NamedTuple):
-    tangents: dict[str, Any]
+    tangents: tuple[Any, ...]  # a tree for each keyword, in the order of their names
 
 
 class ReplayMemory(NamedTuple):
     grads: Any
     base: Any
     params: Any  # () where the rule reads none
+    value: Any  # the loss; () where the rule reads none
 
 
 class Step(NamedTuple):
@@ -77,11 +104,24 @@ class Step(NamedTuple):
 class Method(Protocol):
     """How du/dh is had. `raw`, `count` are those of the update that the memory is about."""
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether a NaN in any number of the cotangent makes each signal that it belongs to NaN."""
+        ...
+
     def init(self, rule: Rule, params: Any) -> Any: ...
+
+    def settled(self, rule: Rule, raw: Values, count: jax.Array, params: Any) -> Values:
+        """Raw values as update `count` takes them: where the method needs some room, a little off."""
+        ...
 
     def step(
         self, rule: Rule, raw: Values, count: jax.Array, grads, base, params, extra
     ) -> Step: ...
+
+    def shortened(self, memory: Any, factor: jax.Array) -> Any:
+        """The memory of an update that, with its rate, was multiplied by `factor`."""
+        ...
 
     def signal(self, rule: Rule, cotangent, memory, raw: Values, count, base, params) -> Values:
         """d loss / d raw, not yet summed over devices."""
@@ -91,18 +131,27 @@ class Method(Protocol):
 @dataclass(frozen=True)
 class Closed:
     needs_gradient: bool
+    reads_all = True
 
     def init(self, rule, params):
         return ClosedMemory(optax.tree.zeros_like(params) if self.needs_gradient else ())
 
+    def settled(self, rule, raw, count, params):
+        return off_one(rule, raw, count, params)
+
     def step(self, rule, raw, count, grads, base, params, extra):
+        raw = self.settled(rule, raw, count, params)
         updates, base = rule.apply(rule.values(raw, count), grads, base, params, extra)
         return Step(updates, base, ClosedMemory(grads if self.needs_gradient else ()))
+
+    def shortened(self, memory, factor):
+        return memory  # what is kept does not depend on the rate
 
     def signal(self, rule, cotangent, memory, raw, count, base, params):
         found = find_form(rule.factory, rule.constants, rule.learned)
         assert found
         form = found[0]
+        raw = self.settled(rule, raw, count, params)
         values, chain = jax.vjp(lambda r: rule.values(r, count), raw)
         leaves, names = jax.tree.leaves(cotangent), list(rule.learned)
         absent = [None] * len(leaves)
@@ -126,32 +175,39 @@ class Closed:
 class Tangent:
     trace: Trace
     safe: bool
+    reads_all = True
 
     def init(self, rule, params):
-        # A sum of many small terms needs float32; a single one is as good as the update itself.
-        dtype = rule.dtype(params) if self.trace else None
-        return TangentMemory(
-            {name: optax.tree.zeros_like(params, dtype=dtype) for name in rule.learned}
-        )
+        def zeros(x):
+            # A sum of many small terms needs float32; a single one is as good as the update itself.
+            return jnp.zeros_like(x, dtype=jnp.result_type(x, jnp.float32) if self.trace else None)
+
+        return TangentMemory(tuple(jax.tree.map(zeros, params) for _ in rule.learned))
+
+    def settled(self, rule, raw, count, params):
+        return raw
 
     def step(self, rule, raw, count, grads, base, params, extra):
         def updated(raw):
             return rule.apply(rule.values(raw, count), grads, base, params, extra)
 
-        updated = safe_sqrt(updated) if self.safe else updated
+        updated = safe_roots(updated) if self.safe else updated
         updates, by_raw, base = jax.linearize(updated, raw, has_aux=True)
         tangents = {}
         for name in rule.learned:
             # All entries of a vector at once: a leaf depends on its own group's entry alone.
             direction = jax.tree.map(jnp.zeros_like, raw) | {name: jnp.ones_like(raw[name])}
             tangents[name] = by_raw(direction)
-        return Step(updates, base, TangentMemory(tangents))
+        return Step(updates, base, TangentMemory(row(tangents)))
+
+    def shortened(self, memory, factor):
+        return TangentMemory(scaled(factor, memory.tangents))
 
     def signal(self, rule, cotangent, memory, raw, count, base, params):
         dtype, leaves = rule.dtype(cotangent), jax.tree.leaves(cotangent)
         dots = {
             name: [_dot(c, t, dtype) for c, t in zip(leaves, jax.tree.leaves(tangent), strict=True)]
-            for name, tangent in memory.tangents.items()
+            for name, tangent in named(rule.learned, memory.tangents).items()
         }
         return rule.reduce(dots, cotangent)
 
@@ -159,30 +215,92 @@ class Tangent:
 @dataclass(frozen=True)
 class Replay:
     reads_params: bool
+    reads_value: bool
     safe: bool
+    reads_all = False  # an array that does not depend on what is learned is not in the sums
 
     def init(self, rule, params):
-        zeros = optax.tree.zeros_like(params)
-        return ReplayMemory(zeros, rule.init(params), zeros if self.reads_params else ())
+        return ReplayMemory(
+            optax.tree.zeros_like(params),
+            rule.init(params),
+            optax.tree.zeros_like(params) if self.reads_params else (),
+            jnp.zeros((), rule.dtype(params)) if self.reads_value else (),
+        )
+
+    def settled(self, rule, raw, count, params):
+        return raw
 
     def step(self, rule, raw, count, grads, base, params, extra):
-        updates, new = rule.apply(rule.values(raw, count), grads, base, params, extra)
-        return Step(updates, new, ReplayMemory(grads, base, params if self.reads_params else ()))
+        values = rule.values(raw, count)
+        refuse_unkept(rule, values, grads, base, params, extra, self.reads_value)
+        updates, new = rule.apply(values, grads, base, params, extra)
+        value = jnp.asarray(extra["value"], rule.dtype(grads)) if self.reads_value else ()
+        return Step(
+            updates, new, ReplayMemory(grads, base, params if self.reads_params else (), value)
+        )
+
+    def shortened(self, memory, factor):
+        return memory  # what is kept does not depend on the rate
 
     def signal(self, rule, cotangent, memory, raw, count, base, params):
         params = memory.params if self.reads_params else None
+        extra = {"value": memory.value} if self.reads_value else {}
 
         def updates(raw):
-            return rule.apply(rule.values(raw, count), memory.grads, memory.base, params, {})[0]
+            return rule.apply(rule.values(raw, count), memory.grads, memory.base, params, extra)[0]
 
-        _, pull = jax.vjp(safe_sqrt(updates) if self.safe else updates, raw)
-        return pull(cotangent)[0]
+        _, pull = jax.vjp(safe_roots(updates) if self.safe else updates, raw)
+        return pull(jax.tree.map(jnp.conj, cotangent))[0]
+
+
+def refuse_unkept(
+    rule: Rule, values: Values, grads: Any, base: Any, params: Any, extra: Any, keeps_value: bool
+) -> None:
+    """Raises ValueError if the update reads an extra argument that `Replay` cannot keep until the next update."""
+    others = {k: v for k, v in extra.items() if not (k == "value" and keeps_value)}
+    arrays = {k: v for k, v in others.items() if not callable(v)}
+    read = set()
+
+    def spied(name, function):
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            read.add(name)
+            return function(*args, **kwargs)
+
+        return spy
+
+    functions = {k: spied(k, v) for k, v in others.items() if callable(v)}
+    if not others:
+        return
+
+    def updates(arrays):
+        return rule.apply(values, grads, base, params, {**extra, **arrays, **functions})
+
+    try:
+        jaxpr = jax.make_jaxpr(updates)(arrays).jaxpr
+    except (TypeError, ValueError):  # an argument that is no array, so a constant of the program
+        read |= arrays.keys()
+    else:
+        used = {v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
+        used |= {v for v in jaxpr.outvars if not hasattr(v, "val")}
+        inputs = iter(jaxpr.invars)
+        for name, value in sorted(arrays.items()):
+            if any(next(inputs) in used for _ in jax.tree.leaves(value)):
+                read.add(name)
+    if read:
+        raise ValueError(
+            f"the update reads the argument {sorted(read)[0]!r}, which the replay signal cannot keep until the next "
+            'update; use mode="tangent"'
+        )
 
 
 def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Method:
     """The method `mode` names; "auto" takes the one with the least memory, closed forms first."""
     if mode not in ("auto", "closed", "tangent", "replay"):
         raise ValueError(f'mode={mode!r}: give "auto", "closed", "tangent" or "replay"')
+    if not isinstance(trace, Trace):
+        raise TypeError(
+            f"trace={trace!r}: give Trace(gamma=...) or Trace(power=...); Trace() for none"
+        )
     form = find_form(rule.factory, rule.constants, rule.learned)
     if trace and mode not in ("auto", "tangent"):
         raise ValueError(
@@ -193,11 +311,11 @@ def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Method:
         raise ValueError(f'no closed form of {name} by {", ".join(rule.learned)}; use mode="auto"')
     if form and (mode == "closed" or (mode == "auto" and not trace)):
         return Closed(form[1])
-    reads = _reads_params(rule)
-    if mode == "replay" or (
-        mode == "auto" and not trace and _replay_copies(rule, reads) < len(rule.learned)
-    ):
-        return Replay(reads, safe)
+    if mode == "tangent" or trace:
+        return Tangent(trace, safe)
+    reads, value = needs_params(rule), needs_value(rule)
+    if mode == "replay" or _replay_copies(rule, reads, value) < len(rule.learned):
+        return Replay(reads, bool(value), safe)
     return Tangent(trace, safe)
 
 
@@ -209,8 +327,15 @@ def pack_sum(signals: Values, axis_name: Any) -> Values:
     return unpack(jax.lax.psum(flat, axis_name))
 
 
+def scaled(factor: jax.Array, tree: Any) -> Any:
+    """`factor` times each array, whose types stay."""
+    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+
+
 def _dot(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    return total(a.astype(dtype) * b.astype(dtype))
+    """The sum of Re(conj(a) b)."""
+    pairs = zip(parts_of(a), parts_of(b))  # the other's imaginary part meets nothing if one is real
+    return sum((total(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
 
 
 def total(x: jax.Array) -> jax.Array:
@@ -221,27 +346,10 @@ def total(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=lambda x: jnp.sum(x @ ones), default=jnp.sum)
 
 
-def _reads_params(rule: Rule) -> bool:
-    """Whether the update refuses to go without parameters, as weight decay does."""
-    try:
-        _shapes(rule, None)
-    except Exception:
-        return True
-    return False
-
-
-def _replay_copies(rule: Rule, reads_params: bool) -> float:
-    """The memory of Replay, in copies of the parameters."""
-    try:
-        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-        state = size(jax.eval_shape(rule.init, probe_tree())) / size(probe_tree())
-    except Exception:  # a factory for one particular model
+def _replay_copies(rule: Rule, reads_params: bool, reads_value: bool | None) -> float:
+    """The memory of Replay, in copies of the parameters; infinite where it does not know what to keep."""
+    if reads_value is None:
         return float("inf")
+    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+    state = size(jax.eval_shape(rule.init, probe_tree())) / size(probe_tree())
     return 1 + int(state) + reads_params
-
-
-def _shapes(rule: Rule, params: Any) -> Any:
-    tree = probe_tree()
-    values = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in rule.learned}
-    state = jax.eval_shape(rule.init, tree)
-    return jax.eval_shape(lambda v, g, s: rule.apply(v, g, s, params, {}), values, tree, state)

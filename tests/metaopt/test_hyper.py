@@ -38,7 +38,11 @@ def test_towers_of_any_height(height):
     for _ in range(height):
         tx = hyper(optax.adam, learning_rate=learn(0.01), by=tx)
     _, state, losses = run(tx, 6)
-    rates = [v for k, v in metaopt.learned(state).items() if "signal" not in k]
+    rates = [
+        v
+        for k, v in metaopt.learned(state).items()
+        if k.removeprefix("by/" * k.count("by/")) == "learning_rate"
+    ]
     assert len(rates) == height and len(set(map(float, rates))) >= min(height, 3)
     assert min(rates) > 0 and losses[-1] < losses[0]
     upper = jax.tree.leaves(state.by) if height > 1 else []
@@ -127,9 +131,15 @@ def test_learned_finds_every_level_anywhere():
     tx = optax.MultiSteps(optax.chain(optax.clip(1.0), tower), 2)
     state = tx.init(model()[0])
     values = metaopt.learned(state)
-    assert set(values) == {
-        "learning_rate", "signal/learning_rate", "by/learning_rate", "by/signal/learning_rate", "by/b1", "by/signal/b1"
-    }  # fmt: skip
+    rate = {
+        "learning_rate",
+        "signal/learning_rate",
+        "skipped/learning_rate",
+        "of_peak/learning_rate",
+        "skipped/by",
+    }
+    decay = {"by/b1", "by/signal/b1", "by/skipped/b1"}
+    assert set(values) == rate | {f"by/{name}" for name in rate} | decay
     assert values["learning_rate"].shape == (3,)
     assert metaopt.describe(state).count("level") == 2
     with pytest.raises(ValueError, match=r"no metaopt\.hyper"):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import metaopt
 from metaopt import Guards, Trace, hyper, learn
+from metaopt.rule import row
 from tests.metaopt.small import CASES, few, float64, learned, model, plain, run
 
 CLOSED = [name for name in CASES if name not in ("lion", "lamb", "nadam", "adabelief")]
@@ -41,8 +42,7 @@ def trajectory(case: str, mode: str, shift: dict, seed: int):
     init, step = stepper(case, mode)
     params, batches, _ = few(jnp.float64, seed)
     state = init(params)
-    raw = {name: state.raw[name] + shift[name] for name in state.raw}
-    state = state._replace(raw=raw)
+    state = state._replace(raws=row({name: state.raw[name] + shift[name] for name in state.raw}))
     signals = []
     for batch in batches[:STEPS]:
         before = (params, state)
@@ -82,7 +82,7 @@ def test_signals_are_finite_differences_of_the_next_loss(case):
         specs = {name: learn(v).resolved(name) for name, v in values.items()}
 
         def loss_after(raw):
-            tx = factory(**constants, **{n: specs[n].value(raw[n], now.count) for n in raw})
+            tx = factory(**constants, **{n: specs[n].value(raw[n], now.updates) for n in raw})
             updates, _ = tx.update(grads, state.base, params)
             return loss(optax.apply_updates(params, updates), batches[STEPS])
 

@@ -138,7 +138,8 @@ def test_multisteps_equals_a_large_batch():
 def test_ema_of_parameters_rides_along():
     tx = optax.chain(tower(), optax.ema(0.9))
     ours, state, losses = run(tx, 10)
-    assert np.isfinite(losses).all() and len(metaopt.learned(state)) == 8
+    assert np.isfinite(losses).all()
+    assert {"learning_rate", "b2", "weight_decay", "by/learning_rate"} < set(metaopt.learned(state))
 
 
 @pytest.fixture(scope="module")
