@@ -9,6 +9,7 @@ A batch is a pure function of (source, seed, step). The step is therefore the on
 checkpoint needs, next to a `fingerprint` that guards against resuming with other data.
 """
 
+from common.data.decode import ImageError
 from common.data.device import prefetch_to_device
 from common.data.loader import (
     LoaderSpec,
@@ -18,9 +19,11 @@ from common.data.loader import (
     fingerprint,
     train_batches,
 )
-from common.data.sources import Source, array_source, open_source
+from common.data.sources import Source, array_source, open_source, overlapping
+from common.data.views import read, subset
 
 __all__ = [
+    "ImageError",
     "LoaderSpec",
     "Source",
     "Transform",
@@ -29,6 +32,9 @@ __all__ = [
     "eval_batches",
     "fingerprint",
     "open_source",
+    "overlapping",
     "prefetch_to_device",
+    "read",
+    "subset",
     "train_batches",
 ]
