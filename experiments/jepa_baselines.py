@@ -29,7 +29,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     if done.issuperset(KINDS):
         log.info("%s has the baselines' rows already", rows)
         return 0
-    settings, source, test_source, mesh = begin(values, workdir)
+    settings, sets, mesh = begin(values, workdir)
     mesh = auto_mesh(mesh)
     seed = settings.train.seed
     for kind, title in KINDS.items():
@@ -40,7 +40,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         if kind == "untrained":
             encoder = settings.recipe.encoder
             encode = encode_fn(encoder, encoder.init(jax.random.key(seed)))
-        metrics = linear_probes(settings, mesh, encode, source, test_source, title)
+        metrics = linear_probes(settings, mesh, encode, sets.bank, sets.test, title)
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             row = make_row(

@@ -20,9 +20,7 @@ from common.checkpoint import Checkpointer, CheckpointSpec
 from common.config import ConfigError
 from common.data import (
     LoaderSpec,
-    Source,
     fingerprint,
-    open_source,
     prefetch_to_device,
     train_batches,
 )
@@ -34,6 +32,7 @@ from common.sharding import batch_sharding
 from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
 from common.writers import make_writer, read_rows
+from experiments.jepa_data import Sets, check_sets, open_sets
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
 from experiments.jepa_settings import Settings, resolve
 from jepa.recipe import AddMasks
@@ -44,7 +43,8 @@ log = logging.getLogger("triptych")
 def run(values: dict[str, Any], workdir: Path) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     began = time.perf_counter()
-    settings, source, test_source, mesh = begin(values, workdir)
+    settings, sets, mesh = begin(values, workdir)
+    source = sets.train
     recipe, spec = settings.recipe, settings.train
     try:
         _check_writers(settings)
@@ -102,7 +102,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
                 checkpointer=saver,
                 workdir=workdir,
                 meta={"config": settings.values, "data": data_print},
-                evals={"eval": online_monitor(settings, auto_mesh(mesh), source, test_source)},
+                evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
             )
     except Preempted as stop:
         log.warning("%s; start the same command again to continue", stop)
@@ -118,7 +118,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     if settings.probe.linear:
         log.info("linear probe on frozen features of the target encoder")
         encode = encode_fn(recipe.encoder, state.extra["target"])
-        metrics |= linear_probes(settings, auto_mesh(mesh), encode, source, test_source)
+        metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
     if jax.process_index() == 0:
         row = make_row(
             job="jepa_pretrain",
@@ -136,8 +136,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
     return 0
 
 
-def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Source, Source, Mesh]:
-    """A config's settings, its training and test sets, and its mesh, for a job that writes into `workdir`.
+def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Sets, Mesh]:
+    """A config's settings, its sets of images, and its mesh, for a job that writes into `workdir`.
 
     Raises:
       ConfigError: for whatever is wrong with them.
@@ -146,16 +146,11 @@ def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Source, Sour
         raise ConfigError(
             f"--workdir={workdir}: rows and curves need a file system; mount the bucket, or use a shared folder"
         )
-    data = values["data"]
     try:
-        source, test_source = (
-            open_source(
-                data["name"], data[split], data["data_dir"] or None, skip_bad=data["skip_bad"]
-            )
-            for split in ("split", "test_split")
-        )
-        settings = resolve(values, len(source))
-        return settings, source, test_source, make_mesh(settings.mesh)
+        sets = open_sets(values["data"])
+        settings = resolve(values, len(sets.train))
+        check_sets(settings, sets)
+        return settings, sets, make_mesh(settings.mesh)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
+from common.images import ImageError
 
 # By name, so that a run loads its own package and no other.
 JOBS = {
@@ -23,7 +24,7 @@ JOBS = {
 }
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
-KNOWN_ERRORS = (ConfigError, StructureError, DamagedError)
+KNOWN_ERRORS = (ConfigError, StructureError, DamagedError, ImageError)
 
 
 def find(name: str) -> Callable[[dict[str, Any], Path], int]:

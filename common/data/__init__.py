@@ -9,7 +9,6 @@ A batch is a pure function of (source, seed, step). The step is therefore the on
 checkpoint needs, next to a `fingerprint` that guards against resuming with other data.
 """
 
-from common.data.decode import ImageError
 from common.data.device import prefetch_to_device
 from common.data.loader import (
     LoaderSpec,
@@ -20,7 +19,8 @@ from common.data.loader import (
     train_batches,
 )
 from common.data.sources import Source, array_source, open_source, overlapping
-from common.data.views import read, subset
+from common.data.views import read, skipped, subset
+from common.images import ImageError
 
 __all__ = [
     "ImageError",
@@ -35,6 +35,7 @@ __all__ = [
     "overlapping",
     "prefetch_to_device",
     "read",
+    "skipped",
     "subset",
     "train_batches",
 ]

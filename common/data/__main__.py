@@ -85,7 +85,7 @@ def info(name: str, data_dir: str | None, skip_bad: bool = False) -> None:
     sources = {s: open_source(name, s, data_dir, skip_bad=skip_bad) for s in splits}
     print(f"{name}: " + ", ".join(f"{split} {len(s):,}" for split, s in sources.items()))
     source = next(iter(sources.values()))
-    print(f"identity: {source.identity}")
+    print(f"identity: {origin(source).identity}")
     sample = read(subset(source, 500), range(min(500, len(source))))
     for key, value in sample[0].items():
         if np.ndim(value):

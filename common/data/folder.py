@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-from common.data.decode import SKIP_ADVICE, UnreadableFile, decode_image, printable
+from common.images import SKIP_ADVICE, UnreadableFile, decode_image, printable
 
 EVALUATION_SPLITS = ("test", "val", "validation")
 SPLITS = ("train", *EVALUATION_SPLITS)
@@ -145,7 +145,7 @@ def _find_split(top: Path, split: str, held_out: float) -> tuple[Path, str]:
     if split in EVALUATION_SPLITS:
         advice = (
             "; make one, or set a share of the images aside: held_out=0.1 "
-            "(--config.data.held_out=0.1 in training)"
+            "(--config.data.held_out=0.1 in I-JEPA's configs)"
         )
     raise ValueError(f"{printable(str(top))} has {has}; got split {split!r}{advice}")
 

@@ -21,9 +21,9 @@ import numpy as np
 from absl import flags
 from grain.experimental import index_shuffle
 
-from common.data.decode import ImageError
 from common.data.sources import Record, Source
 from common.data.views import bad_records, read, report
+from common.images import ImageError
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[[Record, np.random.Generator], Record]

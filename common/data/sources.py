@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.data.decode import decode_image
 from common.data.folder import FolderSource, open_folder
 from common.data.views import Skipping, origin
+from common.images import decode_image
 
 Record = dict[str, Any]
 
@@ -61,7 +61,7 @@ def open_source(
         is an error that names the image, when a folder is opened or when the image is met.
     held_out: for a folder with no test images of its own, the share that is set aside as "test".
 
-    Images become RGB of 8 bits (`common.data.decode`). The labels of a TFDS set are its ClassLabel
+    Images become RGB of 8 bits (`common.images`). The labels of a TFDS set are its ClassLabel
     features ("count", "distance" and "shape" for scenes), or, where it has none, its integer ones but
     those that number the records ("id", "index", "image_id", ...). -1 stands for no label.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from grain.experimental import index_shuffle
 
-from common.data.decode import UnreadableImage
+from common.images import UnreadableImage
 
 SUBSET_SEED = 748_160_293  # of no run: every run, at every step, evaluates on the same images
 _STAND_IN_KEY = 519_402_877  # of the search for a record in place of one that cannot be read
@@ -138,6 +138,12 @@ def report(source: Any, found: dict[int, str]) -> None:
     """Logs and counts the bad records of a source, each once in this process."""
     if found:
         source.report(found)
+
+
+def skipped(source: Any) -> tuple[int, list[int]]:
+    """(files left out when a folder was opened, indices of the records that this process has met and skipped)."""
+    met = sorted(source.skipped) if isinstance(source, Skipping) else []
+    return getattr(origin(source), "left_out", 0), met
 
 
 def origin(source: Any) -> Any:

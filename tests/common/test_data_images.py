@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from common.data import open_source
-from common.data.decode import UnreadableImage, decode_image, printable
+from common.images import UnreadableImage, decode_image, printable
 
 
 def encode(image, kind="PNG", **options):
