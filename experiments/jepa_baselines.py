@@ -31,7 +31,7 @@ def run(run: Run) -> int:
     if done.issuperset(jobs):
         log.info("done before: the baselines' rows lie in %s", rows)
         return 0
-    settings, source, test_source, mesh = begin(run.values, run.workdir)
+    settings, sets, mesh = begin(run.values, run.workdir)
     mesh = auto_mesh(mesh)
     run.begin(0)
     seed = settings.train.seed
@@ -43,7 +43,7 @@ def run(run: Run) -> int:
         if kind == "untrained":
             encoder = settings.recipe.encoder
             encode = encode_fn(encoder, encoder.init(jax.random.key(seed)))
-        metrics = linear_probes(settings, mesh, encode, source, test_source, title)
+        metrics = linear_probes(settings, mesh, encode, sets.bank, sets.test, title)
         row = run.row(
             metrics, job=f"baseline_{kind}", seeds=[seed], steps=0, mesh=dict(mesh.shape),
             dtype=settings.recipe.policy.compute, wall_seconds=time.perf_counter() - began,

@@ -1,7 +1,8 @@
 """Evaluations of a frozen I-JEPA encoder: what the pretraining job runs online, and the probes at the end."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -11,20 +12,28 @@ from jax.sharding import Mesh
 from rich.progress import Progress
 
 from common.augment import normalize
-from common.data import Source, eval_batches, prefetch_to_device
+from common.data import Source, eval_batches, prefetch_to_device, read, skipped, subset
+from common.data.sources import is_number
 from common.recipe import EvalFn
 from common.sharding import batch_sharding, batch_ways, rows_held
 from experiments.jepa_settings import Settings
 from jepa import monitors
 from jepa.encoder import Encoder
-from jepa.probe import Features, ProbeSpec, extract, knn, probe_all
+from jepa.probe import Features, extract, knn, labelled, probable_labels, probe_all
 
+log = logging.getLogger("triptych")
 TOKEN_IMAGES = 256  # images whose tokens the collapse monitors read
 
 
 def label_names(source: Source) -> tuple[str, ...]:
-    """The label sets of a source: its integer entries, without the scenes' running index."""
-    return tuple(k for k in source[0] if k not in ("image", "index"))
+    """The label sets of a source: its integer entries, without those whose names say that they number the images."""
+    return tuple(
+        name
+        for name, value in source[0].items()
+        if np.ndim(value) == 0
+        and np.issubdtype(np.asarray(value).dtype, np.integer)
+        and not is_number(name)
+    )
 
 
 def encode_fn(encoder: Encoder, params: Any) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
@@ -50,16 +59,17 @@ def pixels(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def features(
     settings: Settings, mesh: Mesh, encode: Callable, source: Source, n: int = 0, what: str = ""
 ) -> Features:
-    """Pooled features of the first `n` images (0: all), centre-cropped and not augmented.
+    """Pooled features of `n` random images (0: all), centre-cropped and not augmented.
 
-    Batches are spread over the mesh, and each process reads the rows that its devices hold. `what` names the progress bar;
-    without it there is none.
+    Always of the same ones: they depend on the source and on n alone. Batches are spread over the mesh, and each process
+    reads the rows that its devices hold. `what` names the progress bar; without it there is none.
     """
-    total = min(n, len(source)) if n else len(source)
+    source = subset(source, n)
+    total = len(source)
     shards = batch_ways(mesh)
     batch = shards * max(8, -(-256 // shards))
     host = eval_batches(
-        _First(source, total),
+        source,
         batch,
         transform=settings.evaluation_crop,
         held=rows_held(batch_sharding(mesh), batch),
@@ -76,6 +86,7 @@ def features(
             batches,
             labels=label_names(source),
             to_host=gather if jax.process_count() > 1 else np.asarray,
+            rows=total,
             progress=lambda stage, i, n: bar.update(task, completed=i),
         )
 
@@ -85,20 +96,23 @@ def online_monitor(settings: Settings, mesh: Mesh, source: Source, test_source: 
     encoder, probe = settings.recipe.encoder, settings.probe
     shards = batch_ways(mesh)
     n_tokens = max(1, min(TOKEN_IMAGES, len(test_source)) // shards) * shards
-    images = np.stack([
-        settings.evaluation_crop(test_source[int(i)], np.random.default_rng(0))["image"]
-        for i in np.arange(n_tokens) % len(test_source)
-    ])  # fmt: skip
+    shown = read(subset(test_source, n_tokens), range(min(n_tokens, len(test_source))))
+    crops = [settings.evaluation_crop(r, np.random.default_rng(0))["image"] for r in shown]
+    images = np.stack([crops[i % len(crops)] for i in range(n_tokens)])
+    told: set[str] = set()
 
     def evaluate(state) -> Iterable[tuple[str, float]]:
         encode = encode_fn(encoder, state.extra["target"])
         bank = features(settings, mesh, encode, source, probe.knn_train)
         test = features(settings, mesh, encode, test_source, probe.knn_test)
-        for name, labels in bank.labels.items():
-            classes = int(max(labels.max(), test.labels[name].max())) + 1
-            yield f"knn_{name}", knn(bank.last, labels, test.last, test.labels[name], classes)
+        for name in _probable(bank, test, probe.neighbors, told):
+            (of_bank, labels), (of_test, asked) = labelled(bank, name), labelled(test, name)
+            classes = int(max(labels.max(), asked.max())) + 1
+            args = of_bank.last, labels, of_test.last, asked, classes
+            yield f"knn_{name}", knn(*args, k=probe.neighbors)
         yield from monitors.report(encode(images)[0], settings.recipe.model.grid).items()
         yield "rankme", float(monitors.rankme(test.last))  # over more images than features
+        yield from _left_out(source, test_source).items()
 
     return evaluate
 
@@ -114,32 +128,50 @@ def linear_probes(
     """Linear probe test accuracies on frozen features.
 
     Returns {"linear_<label>/last", "linear_<label>/last4", "linear_<label>"}; the last is the better of the two by
-    held-out accuracy (spec 2).
+    held-out accuracy (spec 2). Where images were skipped or set aside for the test, also "skipped_images" (how many) and
+    "held_out" (the share).
     """
-    probe = settings.probe
-    spec = ProbeSpec(epochs=probe.epochs, batch=probe.batch, seed=settings.train.seed)
+    probe, spec = settings.probe, settings.probe.spec(settings.train.seed)
+    if not label_names(source):
+        log.warning("no linear probe: %s has no labels", settings.data.name)
+        return _left_out(source, test_source)
     train = features(settings, mesh, encode, source, probe.train_examples, f"{what}: train")
     test = features(settings, mesh, encode, test_source, probe.test_examples, f"{what}: test")
+    _probable(train, test, 2, set())
     with Progress(transient=True) as bar:
         task = bar.add_task(f"{what}: linear probes")
         results = probe_all(
             train, test, spec, lambda stage, i, n: bar.update(task, completed=i, total=n)
         )
-    return {f"linear_{name}": result.accuracy for name, result in results.items()}
+    accuracies = {f"linear_{name}": result.accuracy for name, result in results.items()}
+    return accuracies | _left_out(source, test_source)
 
 
-class _First:
-    """The first n records of a source."""
+def _probable(train: Features, test: Features, least: int, told: set[str]) -> tuple[str, ...]:
+    """The label sets to probe; the reason for each other one goes to the log, once for all that share `told`."""
+    names, others = probable_labels(train, test, least)
+    for name in others.keys() - told:
+        log.warning("no probe of %r: %s", name, others[name])
+    told.update(others)
+    return names
 
-    def __init__(self, source: Source, n: int):
-        self._source, self._n = source, n
 
-    def __len__(self) -> int:
-        return self._n
+def _left_out(source: Source, test_source: Source) -> dict[str, float]:
+    """What evaluations say of the images that they do not see: how many were skipped, and the share held out."""
+    found = {}
+    sources = [source] if test_source is source else [source, test_source]
+    if count := sum(_everywhere(*skipped(s)) for s in sources):
+        found["skipped_images"] = float(count)
+    if share := getattr(test_source, "identity", {}).get("held_out"):
+        found["held_out"] = float(share)
+    return found
 
-    def __getitem__(self, i: int) -> Any:
-        return self._source[i]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        bulk = getattr(self._source, "__getitems__", None)
-        return bulk(indices) if bulk else [self._source[i] for i in indices]
+def _everywhere(left_out: int, met: list[int]) -> int:
+    """How many images all processes together skipped: `left_out`, which all know of, and those that any has met."""
+    if jax.process_count() == 1:
+        return left_out + len(met)
+    most = int(np.max(multihost_utils.process_allgather(np.int32(len(met)))))
+    padded = np.full(most + 1, -1, np.int32)
+    padded[: len(met)] = met
+    return left_out + len(set(np.ravel(multihost_utils.process_allgather(padded)).tolist()) - {-1})

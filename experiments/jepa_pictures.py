@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from common.data import Source
+from common.data import Source, subset
 from common.writers import read_rows
 from experiments.jepa_settings import Settings
 from jepa.masks import Masks, sample
@@ -49,6 +49,7 @@ def report_picture(
 def _masked_images(figure, settings: Settings, source: Source, n: int = 6) -> None:
     model, spec = settings.recipe.model, settings.recipe.masks
     masks = sample(spec, settings.train.seed, np.arange(n))
+    source = subset(source, n)
     axes = figure.subplots(2, n)
     for i in range(n):
         image = settings.evaluation_crop(source[i], np.random.default_rng(0))["image"]

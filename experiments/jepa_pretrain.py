@@ -19,9 +19,7 @@ from common.checkpoint import Checkpointer, CheckpointSpec
 from common.config import ConfigError
 from common.data import (
     LoaderSpec,
-    Source,
     fingerprint,
-    open_source,
     prefetch_to_device,
     train_batches,
 )
@@ -35,6 +33,7 @@ from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
 from common.writers import make_writer, read_rows
 from experiments.facts import data_facts
+from experiments.jepa_data import Sets, check_sets, open_sets
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
 from experiments.jepa_settings import Settings, resolve
 from experiments.run import Run, job
@@ -47,7 +46,8 @@ log = logging.getLogger("triptych")
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     workdir = run.workdir
-    settings, source, test_source, mesh = begin(run.values, workdir)
+    settings, sets, mesh = begin(run.values, workdir)
+    source = sets.train
     recipe, spec = settings.recipe, settings.train
     try:
         _check_writers(settings)
@@ -62,7 +62,7 @@ def run(run: Run) -> int:
         keep = CheckpointSpec(settings.checkpoint.keep)
         add_masks = AddMasks(recipe.masks, spec.seed)
         data_print = fingerprint(source, loader, settings.augmentation, add_masks)
-        require_same(data_facts(training=data_print, test=fingerprint(test_source, loader)))
+        require_same(data_facts(training=data_print, test=fingerprint(sets.test, loader)))
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
     _describe(settings, len(source), mesh, abstract.params)
@@ -102,7 +102,7 @@ def run(run: Run) -> int:
                 checkpointer=saver,
                 workdir=workdir,
                 meta={"config": settings.values, "data": data_print},
-                evals={"eval": online_monitor(settings, auto_mesh(mesh), source, test_source)},
+                evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
             )
     except Preempted as stop:
         log.warning("%s; start the same command again to continue", stop)
@@ -118,7 +118,7 @@ def run(run: Run) -> int:
         log.info("linear probe on frozen features of the target encoder")
         encode, probing = encode_fn(recipe.encoder, state.extra["target"]), time.perf_counter()
         try:
-            metrics |= linear_probes(settings, auto_mesh(mesh), encode, source, test_source)
+            metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
         except Exception as error:  # any: the training before it must not look lost
             why = describe(error, "linear probes", workdir)
             log.error(
@@ -138,8 +138,8 @@ def run(run: Run) -> int:
     return 0
 
 
-def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Source, Source, Mesh]:
-    """A config's settings, its training and test sets, and its mesh, for a job that writes into `workdir`.
+def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Sets, Mesh]:
+    """A config's settings, its sets of images, and its mesh, for a job that writes into `workdir`.
 
     Raises:
       ConfigError: for whatever is wrong with them.
@@ -148,16 +148,11 @@ def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Source, Sour
         raise ConfigError(
             f"--workdir={workdir}: rows and curves need a file system; mount the bucket, or use a shared folder"
         )
-    data = values["data"]
     try:
-        source, test_source = (
-            open_source(
-                data["name"], data[split], data["data_dir"] or None, skip_bad=data["skip_bad"]
-            )
-            for split in ("split", "test_split")
-        )
-        settings = resolve(values, len(source))
-        return settings, source, test_source, make_mesh(settings.mesh)
+        sets = open_sets(values["data"])
+        settings = resolve(values, len(sets.train))
+        check_sets(settings, sets)
+        return settings, sets, make_mesh(settings.mesh)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 

@@ -16,6 +16,7 @@ from experiments.learned_optim import optimizer_of
 from jepa.config import ViTConfig, vit
 from jepa.masks import MaskSpec
 from jepa.objective import ObjectiveSpec
+from jepa.probe import ProbeSpec
 from jepa.recipe import EmaSpec, IJepa
 
 
@@ -24,6 +25,8 @@ class DataSettings:
     name: str
     split: str
     test_split: str
+    probe_split: str
+    held_out: float
     data_dir: str
     examples: int
     crop_scale: tuple[float, float]
@@ -32,6 +35,10 @@ class DataSettings:
     eval_resize: int
     workers: int
     skip_bad: bool
+
+    def __post_init__(self):
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out}: give a share, at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,36 @@ class ModelSettings:
 class ProbeSettings:
     knn_train: int
     knn_test: int
+    neighbors: int
     linear: bool
     train_examples: int
     test_examples: int
+    test_on_train: bool
     epochs: int
     batch: int
+
+    def __post_init__(self):
+        if self.neighbors < 1:
+            raise ValueError(f"neighbors={self.neighbors}: at least 1 image votes")
+        # of rows that a probe learns from or is tested on; the collapse monitors compare two images
+        least = {
+            "knn_train": self.neighbors,
+            "knn_test": 2,
+            "train_examples": 2,
+            "test_examples": 1,
+        }
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value and value < low:
+                reason = f", as neighbors={low} vote" if name == "knn_train" else ""
+                raise ValueError(
+                    f"{name}={value}: give at least {low}{reason}, or 0 for all images"
+                )
+        self.spec(seed=0)
+
+    def spec(self, seed: int) -> ProbeSpec:
+        """How the linear probe is trained."""
+        return ProbeSpec(epochs=self.epochs, batch=self.batch, seed=seed)
 
 
 @dataclass(frozen=True)

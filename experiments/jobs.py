@@ -6,6 +6,7 @@ from collections.abc import Callable
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
 from common.full_disk import NoSpaceError
+from common.images import ImageError
 from common.workdir import WorkdirError
 from experiments.run import Run
 
@@ -27,7 +28,7 @@ JOBS = {
 SEVERAL_PROCESSES = frozenset({"jepa_pretrain", "sinks_pretrain"})
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
-KNOWN_ERRORS = (ConfigError, StructureError, DamagedError, WorkdirError, NoSpaceError)
+KNOWN_ERRORS = (ConfigError, StructureError, DamagedError, WorkdirError, NoSpaceError, ImageError)
 
 
 def find(name: str) -> Callable[[Run], int]:

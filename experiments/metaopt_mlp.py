@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.data import open_source
+from common.data import open_source, read, subset
 from experiments.metaopt_grid import Task
 
 
 def read_images(
     name: str, split: str, data_dir: str = "", examples: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels u8 [N, H, W, C], labels i32 [N]) of a labelled data set, at most `examples` of the split where that is not 0.
+    """(pixels u8 [N, H, W, C], labels i32 [N]) of a labelled data set: of all its images, or of `examples` random ones.
+
+    Images without a label (-1) are left out.
 
     Raises ValueError or FileNotFoundError, with the remedy, where the data are not there or have no labels.
     """
@@ -23,9 +25,11 @@ def read_images(
     if not {"image", "label"} <= source[0].keys():
         fields = ", ".join(source[0])
         raise ValueError(f"data {name!r} has no image with a label, but {fields}; try 'mnist'")
-    n = min(examples, len(source)) if examples else len(source)
-    bulk = getattr(source, "__getitems__", None)
-    records = bulk(range(n)) if bulk else [source[i] for i in range(n)]
+    source = subset(source, examples)
+    records = read(source, range(len(source)))
+    records = [r for r in records if r["label"] >= 0]
+    if not records:
+        raise ValueError(f"data {name!r} has no labels in its split {split!r}; try 'mnist'")
     labels = np.array([r["label"] for r in records], np.int32)
     return np.stack([r["image"] for r in records]), labels
 

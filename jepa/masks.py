@@ -106,8 +106,7 @@ class MaskSpec:
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= top:
                 raise ValueError(f"{name} is {bounds}; give (low, high), 0 < low <= high <= {top}")
-        least = {"num_targets": 1, "collate": 1, "min_keep": 0, "context_tokens": 0}
-        for name, low in least.items():
+        for name, low in dict(num_targets=1, collate=1, min_keep=0, context_tokens=0).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least {low}")
         (_validate_fixed if self.mode == "fixed" else _validate_paper)(self)
@@ -256,10 +255,11 @@ def _validate_fixed(spec: MaskSpec) -> None:
         )
     free = _draw_fixed(spec, _stream(0, np.arange(256)))[1].sum(1)
     if np.mean(free >= spec.context_size) < _MIN_ACCEPTANCE:
+        room = int(np.quantile(free, 0.25))
+        lower = f"set context_tokens to at most {room}, or " if room > spec.min_keep else ""
         raise ValueError(
-            f"most images have fewer than {spec.context_size} context patches left on {spec}; set "
-            f"context_tokens to at most {int(np.quantile(free, 0.25))}, or use fewer or smaller "
-            "targets, or a larger context_scale"
+            f"most images have fewer than {spec.context_size} context patches left on {spec}; {lower}"
+            "use fewer or smaller targets, or a larger context_scale"
         )
 
 

@@ -1,17 +1,17 @@
 """Frozen-feature probes: linear, logistic and kNN (Assran et al. 2023, appendix A.2; ijepa spec 2).
 
-Features are extracted once, without augmentation, and every probe reads the same arrays. All probes
-standardise with the statistics of the training features only; none chooses anything on test data.
+Features are extracted once, without augmentation, and every probe reads the same arrays (`jepa.features`).
+All probes standardise with the statistics of the training features only; none chooses anything on test data.
 
-Legend: I images, D features, C classes, H heads, B rows of a batch, N tokens, K neighbours.
+Legend: I images, D features, C classes, H heads, S steps, B rows of a batch, K neighbours.
 """
 
 import functools
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,25 @@ from jax.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-Progress = Callable[[str, int, int | None], None]  # what, done, total (None: not known)
+from jepa.features import Features, Progress, extract, labelled, probable_labels
+from jepa.host_rows import HostRows, host_rows
 
+__all__ = [
+    "Features",
+    "ProbeResult",
+    "ProbeSpec",
+    "extract",
+    "few_labels",
+    "knn",
+    "labelled",
+    "linear_probe",
+    "logistic_probe",
+    "probable_labels",
+    "probe_all",
+    "standardize",
+]
+
+_HEAD_BYTES = 4 * 2**30  # of heads that are trained at once, with gradients and both moments
 _DECAYED = {"w": True, "b": False}
 _HELD_OUT = 0.1  # of the training rows, to choose the learning rate and weight decay
 _dot = functools.partial(jnp.dot, precision="highest")  # TPU and GPU round float32 otherwise
@@ -48,6 +65,8 @@ class ProbeSpec:
         AdamW's per-coordinate steps then follow the curvature: on CIFAR-10's 50,000 images, 20
         epochs come nearer to the optimum than 100 without. Turn it off where features outnumber
         images: there the slow axes are noise, and `logistic_probe` is the better tool anyway.
+      device_bytes: features of more bytes than this stay on the host, and their rows come to the
+        device as they are needed. The numbers are the same but for rounding.
     """
 
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -59,6 +78,7 @@ class ProbeSpec:
     optimizer: str = "adamw"
     standardize: bool = True
     rotate: bool = True
+    device_bytes: int = 2 * 2**30
 
     def __post_init__(self):
         if not self.learning_rates or not self.weight_decays:
@@ -67,14 +87,6 @@ class ProbeSpec:
             raise ValueError(f"epochs={self.epochs} and batch={self.batch} must be at least 1")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r}: choose from {', '.join(OPTIMIZERS)}")
-
-
-class Features(NamedTuple):
-    """Pooled features of a split: last f32[I, D], last4 f32[I, 4 D], labels name -> i32[I]."""
-
-    last: np.ndarray
-    last4: np.ndarray
-    labels: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -93,52 +105,6 @@ class ProbeResult:
     weight_decay: float
     held_out_accuracy: float
     grid: np.ndarray
-
-
-@jax.jit
-def _pool(last_BND: jax.Array, last4_LBND: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    mean = functools.partial(jnp.mean, axis=1, dtype=jnp.float32)
-    return mean(last_BND), jnp.concatenate([mean(x_BND) for x_BND in last4_LBND], axis=-1)
-
-
-def extract(
-    encode: Callable[[Any], tuple[jax.Array, Sequence[jax.Array]]],
-    batches: Iterable[dict[str, Any]],
-    *,
-    labels: Sequence[str] = ("label",),
-    image: str = "image",
-    weight: str = "weight",
-    to_host: Callable[[Any], np.ndarray] = np.asarray,
-    progress: Progress | None = None,
-) -> Features:
-    """Runs the encoder over a split and averages its tokens, in float32.
-
-    Args:
-      encode: (jitted) images u8[B, height, width, channels] -> last layer [B, N, D], and the last
-        four layers as a list or stacked [4, B, N, D].
-      batches: dicts that hold `image`, the `labels`, and optionally `weight`: rows of weight 0 are
-        padding and are dropped. Images are as the encoder takes them, without augmentation.
-      to_host: brings [B, ...] to this process. Where processes hold different rows, pass
-        `functools.partial(multihost_utils.process_allgather, tiled=True)`.
-    """
-    rows, in_flight = [], []
-
-    def collect(pooled, batch):
-        real = np.asarray(to_host(batch[weight])) > 0 if weight in batch else slice(None)
-        arrays = (*pooled, *(batch[name] for name in labels))
-        rows.append([np.asarray(to_host(array))[real] for array in arrays])
-
-    for i, batch in enumerate(batches, start=1):
-        in_flight.append((_pool(*encode(batch[image])), batch))
-        if len(in_flight) > 1:  # fetch one behind, so that the device never waits for the host
-            collect(*in_flight.pop(0))
-        if progress:
-            progress("extract", i, None)
-    if not in_flight:
-        raise ValueError("extract was given no batches: is the split empty?")
-    collect(*in_flight.pop())
-    last, last4, *columns = (np.concatenate(column) for column in zip(*rows))
-    return Features(last, last4, {k: v.astype(np.int32) for k, v in zip(labels, columns)})
 
 
 @jax.jit
@@ -200,6 +166,20 @@ def _zero_heads(optimizer: str, H: int, D: int, C: int):
     return heads, jax.vmap(OPTIMIZERS[optimizer](0.0, 0.0).init)(heads)
 
 
+def _on_device(x_ID, y_I, rows_SB) -> Iterator[tuple[slice, Any, Any, np.ndarray]]:
+    """For parts of the S steps, in order: (which, features and labels on the device, rows of these)."""
+    if not isinstance(x_ID, HostRows):
+        yield slice(None), x_ID, y_I, rows_SB
+        return
+    S, B = rows_SB.shape
+    steps = max(1, x_ID.chunk // B)
+    for start in range(0, S, steps):
+        part = rows_SB[start : start + steps]
+        rows = part.ravel()
+        local_SB = np.arange(rows.size).reshape(part.shape)
+        yield slice(start, start + steps), x_ID.take(rows), y_I[rows], local_SB
+
+
 def _fit(x_ID, y_I, rows, grid, num_classes, spec: ProbeSpec, progress: Progress | None, what: str):
     """One head per (learning rate, weight decay) of `grid`: {"w": f32[H, D, C], "b": f32[H, C]}."""
     batch = min(spec.batch, len(rows))
@@ -211,22 +191,48 @@ def _fit(x_ID, y_I, rows, grid, num_classes, spec: ProbeSpec, progress: Progress
     carry = _zero_heads(spec.optimizer, len(grid), x_ID.shape[1], num_classes)
     for epoch, fraction_S in enumerate(np.split(cosine.astype(np.float32), epochs), start=1):
         rows_SB = rng.permutation(rows)[: steps * batch].reshape(steps, batch)
-        carry = _train(*carry, x_ID, y_I, rows_SB, fraction_S, lr_H, wd_H, optimizer=spec.optimizer)
+        for part, *where in _on_device(x_ID, y_I, rows_SB):
+            args = *where, fraction_S[part], lr_H, wd_H
+            carry = _train(*carry, *args, optimizer=spec.optimizer)
+            if isinstance(x_ID, HostRows):
+                jax.block_until_ready(carry)  # dispatch runs ahead, and chunks would pile up
         if progress:
             jax.block_until_ready(carry)  # dispatch runs ahead
             progress(what, epoch, epochs)
     return carry[0]
 
 
+def _accuracy(heads, x_ID, y_I, rows) -> np.ndarray:
+    """Of every head on `rows`, [H]."""
+    size = x_ID.chunk if isinstance(x_ID, HostRows) else len(rows)
+    correct_H = 0
+    for start in range(0, len(rows), size):
+        for _, *where in _on_device(x_ID, y_I, rows[None, start : start + size]):
+            correct_H += np.asarray(_correct(heads, *where))
+    return np.float32(correct_H / len(rows))
+
+
 @jax.jit
-def _accuracy(heads, x_ID, y_I, rows) -> jax.Array:
-    """Of every head on `rows`, [H]; in slices, as the [rows, H, C] logits may not fit."""
+def _correct(heads, x_ID, y_I, rows_SB) -> jax.Array:
+    """How many rows every head gets right, [H]; in slices, as the [rows, H, C] logits may not fit."""
 
     def correct(row):
         predict = jax.vmap(lambda head: jnp.argmax(_logits(head, x_ID[row])))
         return predict(heads) == y_I[row]
 
-    return jax.lax.map(correct, rows, batch_size=4096).mean(0)
+    return jax.lax.map(correct, rows_SB.ravel(), batch_size=4096).sum(0)
+
+
+def _on_axes(train, test, spec: ProbeSpec):
+    """Both standardised and rotated as `spec` says: on the device, or, if too large, on the host."""
+    if max(np.size(train), np.size(test)) * 4 > spec.device_bytes:
+        chunk_bytes = max(1, spec.device_bytes // 4)
+        rows = host_rows(np.asarray(train), spec.standardize, spec.rotate, chunk_bytes)
+        return rows, rows.like(np.asarray(test))
+    train_ID, test_ID = standardize(train, test) if spec.standardize else (train, test)
+    if spec.rotate:
+        train_ID, test_ID = _rotate(train_ID, test_ID)
+    return jnp.asarray(train_ID, jnp.float32), jnp.asarray(test_ID, jnp.float32)
 
 
 def linear_probe(
@@ -251,17 +257,19 @@ def linear_probe(
     _check(train, train_labels, test, test_labels, num_classes)
     if len(train_labels) < 2:
         raise ValueError("linear_probe needs two training rows or more, one to be held out")
-    train_ID, test_ID = standardize(train, test) if spec.standardize else (train, test)
-    if spec.rotate:
-        train_ID, test_ID = _rotate(train_ID, test_ID)
-    train_ID, test_ID = (jnp.asarray(x, jnp.float32) for x in (train_ID, test_ID))
+    train_ID, test_ID = _on_axes(train, test, spec)
     y_I, test_y_I = jnp.asarray(train_labels, jnp.int32), jnp.asarray(test_labels, jnp.int32)
     order = np.random.default_rng(spec.seed).permutation(len(y_I))
     held_out, rest = np.split(order, [max(1, int(_HELD_OUT * len(order)))])
 
     grid = list(itertools.product(spec.learning_rates, spec.weight_decays))
-    heads = _fit(train_ID, y_I, rest, grid, num_classes, spec, progress, "probe grid")
-    held_out_H = np.asarray(_accuracy(heads, train_ID, y_I, held_out))
+    at_once = max(1, _HEAD_BYTES // (16 * train_ID.shape[1] * num_classes))
+    accuracies = []
+    for i in range(0, len(grid), at_once):
+        part = grid[i : i + at_once]
+        heads = _fit(train_ID, y_I, rest, part, num_classes, spec, progress, "probe grid")
+        accuracies.append(_accuracy(heads, train_ID, y_I, held_out))
+    held_out_H = np.concatenate(accuracies)
     best = int(held_out_H.argmax())
     head = _fit(train_ID, y_I, order, grid[best : best + 1], num_classes, spec, progress, "probe")
     return ProbeResult(
@@ -283,20 +291,22 @@ def probe_all(
 
     Returns "<label>/last", "<label>/last4", and "<label>": the one of both with the higher
     held-out accuracy, as the paper reports the better one. Classes are 0..largest training label.
+    Images without a label (-1) are left out, and so are sets that `probable_labels` refuses.
     Where both are the same features (raw pixels, an encoder of one layer), they are probed once.
     """
     results = {}
     same = np.array_equal(train.last, train.last4)
-    for name, labels in train.labels.items():
+    for name in probable_labels(train, test)[0]:
+        (of_train, labels), (of_test, test_labels) = labelled(train, name), labelled(test, name)
         for layers in ("last", "last4"):
             if same and layers == "last4":
                 results[f"{name}/last4"] = results[f"{name}/last"]
                 continue
             results[f"{name}/{layers}"] = linear_probe(
-                getattr(train, layers),
+                getattr(of_train, layers),
                 labels,
-                getattr(test, layers),
-                test.labels[name],
+                getattr(of_test, layers),
+                test_labels,
                 int(labels.max()) + 1,
                 spec,
                 progress,

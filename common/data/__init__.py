@@ -18,9 +18,12 @@ from common.data.loader import (
     fingerprint,
     train_batches,
 )
-from common.data.sources import Source, array_source, open_source
+from common.data.sources import Source, array_source, open_source, overlapping
+from common.data.views import read, skipped, subset
+from common.images import ImageError
 
 __all__ = [
+    "ImageError",
     "LoaderSpec",
     "Source",
     "Transform",
@@ -29,6 +32,10 @@ __all__ = [
     "eval_batches",
     "fingerprint",
     "open_source",
+    "overlapping",
     "prefetch_to_device",
+    "read",
+    "skipped",
+    "subset",
     "train_batches",
 ]

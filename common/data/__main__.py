@@ -4,19 +4,22 @@ import argparse
 import collections
 import importlib
 import io
+import logging
 import sys
 
 import numpy as np
 from PIL import Image
 
+from common.data.folder import folder_splits
 from common.data.sources import OWN_BUILDERS, TfdsSource, open_source, tfds_builder, tfds_dir
+from common.data.views import origin, read, subset
 
 _EPILOG = """\
 examples:
   python -m common.data prepare scenes                      render our own dataset (no download)
   python -m common.data prepare cifar10 --data_dir=~/data   download from its publisher
   python -m common.data info cifar10                        splits, labels, image sizes
-  python -m common.data info folder:/path/to/images         check every file of a folder
+  python -m common.data info folder:/path/to/images         check the headers of a folder's files
 
 Sets lie under --data_dir, else $TFDS_DATA_DIR, else ~/tensorflow_datasets. Training configs take
 the same names. "digits" ships with scikit-learn and folders are read in place: neither needs
@@ -36,9 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         sub = commands.add_parser(command, help=f"{text} a dataset")
         sub.add_argument("name", help="scenes, digits, folder:/path, or a TFDS name")
         sub.add_argument("--data_dir", help="folder of TFDS sets (default $TFDS_DATA_DIR)")
+    sub.add_argument(
+        "--skip_bad", action="store_true", help="go on without files that are no images"
+    )
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        {"prepare": prepare, "info": info}[args.command](args.name, args.data_dir)
+        if args.command == "prepare":
+            prepare(args.name, args.data_dir)
+        else:
+            info(args.name, args.data_dir, args.skip_bad)
     except (FileNotFoundError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -65,27 +75,18 @@ def prepare(name: str, data_dir: str | None) -> None:
     print(f"{builder.info.full_name} is in {builder.data_dir}")
 
 
-def info(name: str, data_dir: str | None) -> None:
+def info(name: str, data_dir: str | None, skip_bad: bool = False) -> None:
     """Prints the splits, and what the records of the first one hold."""
     splits = ["train", "test"]
     if name.startswith("folder:"):
-        splits = ["train", "val", "test"]
+        splits = folder_splits(name.removeprefix("folder:"))
     elif name != "digits":
         splits = list(tfds_builder(name, data_dir).info.splits) or ["train"]
-    sources, missing = {}, None
-    for split in splits:
-        try:
-            sources[split] = open_source(name, split, data_dir)
-        except ValueError as e:
-            if not name.startswith("folder:") or "got split" not in str(e):
-                raise
-            missing = missing or e  # a folder need not have every split
-    if missing and not sources:
-        raise missing
+    sources = {s: open_source(name, s, data_dir, skip_bad=skip_bad) for s in splits}
     print(f"{name}: " + ", ".join(f"{split} {len(s):,}" for split, s in sources.items()))
     source = next(iter(sources.values()))
-    print(f"identity: {source.identity}")
-    sample = [source[i] for i in np.linspace(0, len(source) - 1, min(500, len(source)), dtype=int)]
+    print(f"identity: {origin(source).identity}")
+    sample = read(subset(source, 500), range(min(500, len(source))))
     for key, value in sample[0].items():
         if np.ndim(value):
             shapes = collections.Counter(np.shape(r[key]) for r in sample).most_common(3)
@@ -93,6 +94,7 @@ def info(name: str, data_dir: str | None) -> None:
         else:
             values = [int(r[key]) for r in sample]
             print(f"  {key}: {min(values)} to {max(values)} in a sample of {len(values)}")
+    source = origin(source)
     if isinstance(source, TfdsSource):
         encoded = source.records[0]["image"]
         print(f"  stored as {Image.open(io.BytesIO(encoded)).format}, {len(encoded):,} bytes")

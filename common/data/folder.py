@@ -1,18 +1,24 @@
 """A folder of images as a source.
 
-    root/cat/1.png, root/dog/2.jpg         classes are the sub-folders, sorted: cat 0, dog 1
+    root/cat/1.png, root/dog/2.jpg         classes are the sub-folders with files, sorted: cat 0, dog 1
     root/1.png, root/2.jpg                 no labels
     root/train/..., root/val/...           splits; each laid out in one of the two ways above
 
+Split "test" is test/ or else val/ or validation/, and likewise the other two. Where there is none of
+them, `held_out` sets a share of the images aside: which ones, a hash of each path decides, so that
+they stay the same when files are added.
+
 Names that begin with a dot are ignored. Everything else must be an image that PIL can open: all
-headers are read when the folder is opened, since one bad file would otherwise end a run days later.
+headers are read when the folder is opened. An image that is damaged behind its header is met later.
 """
 
+import hashlib
+import logging
 import os
 import time
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +28,34 @@ import numpy as np
 from PIL import Image
 from rich.progress import Progress
 
-SPLITS = ("train", "val", "test")
+from common.images import SKIP_ADVICE, UnreadableFile, decode_image, printable
+
+EVALUATION_SPLITS = ("test", "val", "validation")
+SPLITS = ("train", *EVALUATION_SPLITS)
 _NAMED = 10  # bad files that an error lists
 _THREADS = 16  # reading headers waits for the disk, not for the CPU
 _QUIET_S = 2.0
 
+log = logging.getLogger("triptych")
+
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Images by path; `labels` is None for a flat folder, else each path's index in `classes`."""
+    """Images by path.
+
+    root: what `paths` are relative to.
+    labels: each path's index in `classes`; None for a flat folder.
+    part: "kept" or "held out" where a share was set aside; "" for all images of `root`.
+    left_out: files that were skipped when the folder was opened.
+    """
 
     root: str
-    paths: tuple[str, ...]  # relative to root, sorted
+    paths: tuple[str, ...]  # sorted
     labels: tuple[int, ...] | None
     classes: tuple[str, ...]
     identity: dict[str, Any]
+    part: str = ""
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -44,73 +63,181 @@ class FolderSource:
     def __getitem__(self, i: int) -> dict[str, Any]:
         path = os.path.join(self.root, self.paths[i])
         try:
-            with Image.open(path) as image:
-                record = {"image": np.asarray(image.convert("RGB"))}
-        except OSError as error:  # a good header, and then less than it promised
-            raise OSError(f"{path} cannot be decoded ({error}): repair or remove it") from error
-        return record if self.labels is None else {**record, "label": self.labels[i]}
+            encoded = Path(path).read_bytes()
+        except OSError as error:  # the storage's fault, not the image's: never skipped
+            why = error.strerror or error
+            raise UnreadableFile(f"{printable(path)} cannot be read now: {why}") from error
+        record: dict[str, np.ndarray | int] = {"image": decode_image(encoded, printable(path))}
+        if self.labels is not None:
+            record["label"] = self.labels[i]
+        return record
 
 
-def open_folder(path: str, split: str = "train", *, skip_bad: bool = False) -> FolderSource:
+def open_folder(
+    path: str, split: str = "train", *, skip_bad: bool = False, held_out: float = 0.0
+) -> FolderSource:
     """Lists and checks the images of one split.
 
-    A folder without train/, val/ and test/ is its own "train" split. With them, the classes are
-    those of train/, so that labels agree between splits.
+    The classes of all splits are those of train/, where there is one, so that labels agree.
+
+    Args:
+      split: "train", "test", "val" or "validation". A folder without sub-folders of these names is
+        its own "train".
+      skip_bad: leave out files that are no images, with a warning.
+      held_out: share in [0, 1) of the training images that is "test", and not "train", where the
+        folder has no split to test on.
 
     Raises FileNotFoundError for a missing folder; ValueError for a missing split, no images, a
     class that train/ lacks, or, unless `skip_bad`, files that are not readable images.
     """
     top = Path(path).expanduser()
     if not top.is_dir():
-        raise FileNotFoundError(f"no folder {top}")
-    splits = [s for s in SPLITS if (top / s).is_dir()]
-    if split not in (splits or ["train"]):
-        raise ValueError(
-            f"{top} has {' and '.join(splits) or 'no split sub-folders, so only the split train'}; "
-            f"got split {split!r}"
-        )
-    root = top / split if splits else top
-    classes = _sub_folders(root)
-    if classes and "train" in splits:
-        known = _sub_folders(top / "train")
+        raise FileNotFoundError(f"no folder {printable(str(top))}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out={held_out}: a share of the images, at least 0 and below 1")
+    root, part = _find_split(top, split, held_out)
+    files, classes = _files(root), _classes(root)
+    if classes and (top / "train").is_dir() and root != top / "train":
+        known = _classes(top / "train")
         if unknown := sorted(set(classes) - set(known)):
-            raise ValueError(f"{root} has classes that {top / 'train'} lacks: {unknown}")
+            raise ValueError(
+                f"{printable(str(root))} has classes that {printable(str(top / 'train'))} lacks: "
+                f"{[printable(name) for name in unknown]}"
+            )
         classes = known
-    files = _files(root)
-    strays = {f for f in files if classes and os.sep not in f}
+    files, left_out = _usable(root, files, bool(classes), skip_bad)
+    if part:
+        files = _share(files, part, held_out)
+    if not files:
+        raise ValueError(f"{printable(str(root))} has no images" + (f" {part}" if part else ""))
+    of_class = {name: k for k, name in enumerate(classes)}
+    labels = tuple(of_class[f.split(os.sep)[0]] for f in files) if classes else None
+    listing = "\n".join(files).replace(os.sep, "/").encode("utf-8", "surrogateescape")
+    identity: dict[str, Any] = {"name": "folder", "split": split, "crc32": zlib.crc32(listing)}
+    if part:
+        identity["held_out"] = held_out
+        log.info("%s: %s of %g of the images, as the folder has no test images of its own: %s",
+                 printable(str(root)), part, held_out, f"{len(files):,}")  # fmt: skip
+    return FolderSource(str(root), tuple(files), labels, tuple(classes), identity, part, left_out)
+
+
+def folder_splits(path: str) -> list[str]:
+    """The splits that a folder has of its own."""
+    top = Path(path).expanduser()
+    return [s for s in SPLITS if (top / s).is_dir()] or ["train"]
+
+
+def _find_split(top: Path, split: str, held_out: float) -> tuple[Path, str]:
+    """The folder of a split, and which part of its images: "kept", "held out", or "" for all."""
+    there = [s for s in SPLITS if (top / s).is_dir()]
+    to_test = [s for s in EVALUATION_SPLITS if s in there]
+    train = top / "train" if there else top
+    if split in there or (split == "train" and not there):
+        kept = split == "train" and not to_test and held_out
+        return (top / split if there else top), "kept" if kept else ""
+    if split in EVALUATION_SPLITS and to_test:
+        log.info("%s has no %s/: its %s/ is taken", printable(str(top)), split, to_test[0])
+        return top / to_test[0], ""
+    if split in EVALUATION_SPLITS and train.is_dir() and held_out:
+        return train, "held out"
+    has = " and ".join(there) or "no split sub-folders, so only the split train"
+    advice = ""
+    if split in EVALUATION_SPLITS:
+        advice = (
+            "; make one, or set a share of the images aside: held_out=0.1 "
+            "(--config.data.held_out=0.1 in I-JEPA's configs)"
+        )
+    raise ValueError(f"{printable(str(top))} has {has}; got split {split!r}{advice}")
+
+
+def _share(files: Sequence[str], part: str, held_out: float) -> list[str]:
+    """The files of a part; at least one is held out, so that few files are enough to try."""
+    rank = {
+        f: int.from_bytes(
+            hashlib.blake2b(
+                f.replace(os.sep, "/").encode("utf-8", "surrogateescape"), digest_size=8
+            ).digest()
+        )
+        for f in files
+    }
+    limit = max(int(held_out * 2**64), min(rank.values(), default=0) + 1)
+    return [f for f in files if (rank[f] < limit) == (part == "held out")]
+
+
+def _classes(root: Path) -> list[str]:
+    """The sub-folders that hold files, sorted; of those that are empty, the log tells."""
+    folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+    empty = [name for name in folders if not _has_file(root / name)]
+    if empty:
+        names = ", ".join(printable(name) for name in empty[:_NAMED])
+        more = f" and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+        log.warning("%s: empty folders are no classes: %s%s", printable(str(root)), names, more)
+    return [name for name in folders if name not in set(empty)]
+
+
+def _has_file(folder: Path) -> bool:
+    return any(name[0] != "." for _, names in _folders(str(folder)) for name in names)
+
+
+def _usable(
+    root: Path, files: Sequence[str], with_classes: bool, skip_bad: bool
+) -> tuple[list[str], int]:
+    """The files that are images by their headers, and how many others are left out.
+
+    Raises ValueError if there are others, unless `skip_bad`.
+    """
+    strays = {f for f in files if with_classes and os.sep not in f}
     problems = {f: "lies beside the class folders, not in one" for f in strays}
     problems |= _check([f for f in files if f not in strays], root)
     if problems:
-        named = "".join(f"\n  {f}: {why}" for f, why in sorted(problems.items())[:_NAMED])
+        listed = sorted(problems.items())[:_NAMED]
+        named = "".join(f"\n  {printable(f)}: {why}" for f, why in listed)
         more = f"\n  and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        message = f"{len(problems)} of {len(files)} files in {root} are not usable images:"
+        message = f"{len(problems)} of {len(files)} files in {printable(str(root))} are not usable images:"
         if not skip_bad:
-            raise ValueError(
-                f"{message}{named}{more}\nRemove them, or pass skip_bad=True to go on without them."
-            )
-        warnings.warn(f"skipped: {message}{named}{more}", stacklevel=2)
-    paths = tuple(f for f in files if f not in problems)
-    if not paths:
-        raise ValueError(f"{root} has no images")
-    of_class = {name: k for k, name in enumerate(classes)}
-    labels = tuple(of_class[p.split(os.sep)[0]] for p in paths) if classes else None
-    listing = "\n".join(paths).replace(os.sep, "/").encode()
-    identity = {"name": "folder", "split": split, "crc32": zlib.crc32(listing)}
-    return FolderSource(str(root), paths, labels, tuple(classes), identity)
-
-
-def _sub_folders(root: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+            advice = SKIP_ADVICE.replace("without it", "without them")
+            raise ValueError(f"{message}{named}{more}\nRemove them, or {advice}.")
+        warnings.warn(f"skipped: {message}{named}{more}", stacklevel=3)
+    return [f for f in files if f not in problems], len(problems)
 
 
 def _files(root: Path) -> list[str]:
     """Paths of all files below `root`, relative to it and sorted, without hidden ones."""
     found = []
-    for folder, subs, names in os.walk(root, followlinks=True):
-        subs[:] = [s for s in subs if not s.startswith(".")]
+    for folder, names in _folders(str(root)):
         inside = os.path.relpath(folder, root)
         found += [os.path.normpath(os.path.join(inside, n)) for n in names if n[0] != "."]
     return sorted(found)
+
+
+def _folders(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Each real folder below `root` once, with its files: folders first, and then what links lead to.
+
+    So a link to a folder that is listed anyway, such as a cycle, adds nothing.
+    """
+    above = os.path.realpath(root)
+    todo, seen = [root], set()
+    while todo:
+        links = []
+        for start in todo:
+            real = os.path.realpath(start)
+            if start != root and os.path.commonpath([real, above]) == real:
+                continue  # a link to a folder around `root`: all of the disk, at worst
+            for folder, subs, names in os.walk(start, onerror=_refuse):
+                info = os.stat(folder)
+                if (info.st_dev, info.st_ino) in seen:
+                    subs[:] = []
+                    continue
+                seen.add((info.st_dev, info.st_ino))
+                subs[:] = sorted(s for s in subs if not s.startswith("."))
+                paths = [os.path.join(folder, s) for s in subs]
+                links += [p for p in paths if os.path.islink(p)]
+                yield folder, names
+        todo = links
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"cannot list {printable(str(error.filename))}: {error.strerror}") from error
 
 
 def _check(files: Sequence[str], root: Path) -> dict[str, str]:
@@ -133,4 +260,5 @@ def _problem(path: Path) -> str | None:
         with Image.open(path):  # parses the header only
             return None
     except Exception as e:  # PIL's plugins raise many kinds on malformed files
-        return "not an image" if isinstance(e, Image.UnidentifiedImageError) else str(e)
+        known = isinstance(e, Image.UnidentifiedImageError)
+        return "not an image" if known else printable(str(e))

@@ -22,6 +22,8 @@ from absl import flags
 from grain.experimental import index_shuffle
 
 from common.data.sources import Record, Source
+from common.data.views import bad_records, read, report
+from common.images import ImageError
 from common.sharding import Rows
 
 Batch = dict[str, np.ndarray]
@@ -78,6 +80,8 @@ def train_batches(
         what belongs to an example but is cheaper in bulk, such as I-JEPA's masks.
     With workers > 0 both, and the source, must pickle.
 
+    An image that cannot be read is an ImageError, also where a worker met it.
+
     Returns an iterator with a `close()`; each batch is a dict of arrays [b, ...], b being the rows
     in spec.held, or spec.batch. Integers become int32.
     """
@@ -86,14 +90,14 @@ def train_batches(
     load = _TrainStep(source, spec, transform, batch_transform)
     steps = grain.MapDataset.range(sys.maxsize // spec.batch)[start_step:].map(load)
     if not spec.workers:
-        return iter(steps.to_iter_dataset(_in_thread(spec.prefetch)))
+        return _Unpacked(source, steps.to_iter_dataset(_in_thread(spec.prefetch)))
     if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only scripts parse
         flags.FLAGS.mark_as_parsed()
     # Whole batches are dealt to workers, so that their number cannot change what is in one.
     options = grain.MultiprocessingOptions(
         num_workers=spec.workers, per_worker_buffer_size=max(1, spec.prefetch)
     )
-    return iter(steps.to_iter_dataset(_in_thread(0)).mp_prefetch(options))
+    return _Unpacked(source, steps.to_iter_dataset(_in_thread(0)).mp_prefetch(options))
 
 
 def eval_batches(
@@ -107,7 +111,7 @@ def eval_batches(
 
     All processes take ceil(N / batch) steps; of each global batch one reads the rows in `held`, or
     all. Weights of the global batches sum to N, so that weighted sums are exact. Padding repeats the
-    last record.
+    last record. A record that cannot be read, and that the source skips, has weight 0 as well.
     """
     load = _EvalStep(source, batch, _rows(batch, held), transform)
     steps = grain.MapDataset.range(-(-len(source) // batch)).map(load)
@@ -146,20 +150,44 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
+class _Unpacked(Iterator):
+    """The batches that `_TrainStep` packed: raises its errors, and reports what it skipped."""
+
+    def __init__(self, source: Source, packed: grain.IterDataset):
+        self._source, self._packed = source, iter(packed)
+
+    def __next__(self) -> Batch:
+        batch, skipped, problem = next(self._packed)
+        if problem:
+            raise ImageError(problem)
+        report(self._source, dict(skipped))
+        return batch
+
+    def close(self) -> None:
+        self._packed.close()
+
+
 @dataclass(frozen=True)
 class _TrainStep:
-    """Step number -> batch of this process."""
+    """Step number -> (batch of this process, its bad records with reasons, an ImageError's text or "").
+
+    As values, which cross to another process as they are; an exception would take its traceback along.
+    """
 
     source: Source
     spec: LoaderSpec
     transform: Transform | None
     batch_transform: BatchTransform | None
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> tuple[Batch, tuple[tuple[int, str], ...], str]:
         rows = step * self.spec.batch + _rows(self.spec.batch, self.spec.held)
         indices = _shuffled(rows, len(self.source), self.spec.seed)
-        batch = _stack(_read(self.source, indices, rows, self.spec.seed, self.transform))
-        return self.batch_transform(batch, rows) if self.batch_transform else batch
+        try:
+            batch = _stack(_read(self.source, indices, rows, self.spec.seed, self.transform))
+        except ImageError as error:
+            return {}, (), str(error)
+        batch = self.batch_transform(batch, rows) if self.batch_transform else batch
+        return batch, tuple(bad_records(self.source, indices).items()), ""
 
 
 @dataclass(frozen=True)
@@ -175,7 +203,10 @@ class _EvalStep:
         rows = step * self.batch + self.held
         indices = np.minimum(rows, len(self.source) - 1)
         records = _read(self.source, indices.tolist(), indices, _EVAL_SEED, self.transform)
-        return {**_stack(records), "weight": (rows < len(self.source)).astype(np.float32)}
+        bad = bad_records(self.source, indices.tolist())
+        report(self.source, bad)
+        real = (rows < len(self.source)) & ~np.isin(indices, list(bad))
+        return {**_stack(records), "weight": real.astype(np.float32)}
 
 
 def _shuffled(rows: np.ndarray, length: int, seed: int) -> list[int]:
@@ -196,8 +227,7 @@ def _read(
     seed: int,
     transform: Transform | None,
 ) -> list[Record]:
-    bulk = getattr(source, "__getitems__", None)
-    records = bulk(indices) if bulk else [source[i] for i in indices]
+    records = read(source, indices)
     if transform is None:
         return records
     return [transform(r, rng) for r, rng in zip(records, _generators(seed, rows), strict=True)]

@@ -4,7 +4,6 @@ TensorFlow is never imported: tfds reads array_record files by itself, and PIL d
 """
 
 import importlib
-import io
 import os
 import zlib
 from collections.abc import Sequence
@@ -13,9 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-from common.data.folder import open_folder
+from common.data.folder import FolderSource, open_folder
+from common.data.views import Skipping, origin
+from common.images import decode_image
 
 Record = dict[str, Any]
 
@@ -30,6 +30,8 @@ OWN_BUILDERS = {"scenes": "common.datasets.scenes.builder"}
 class Source(Protocol):
     """Random access to examples: {"image": uint8 [H, W, 3], "label": int, ...other int labels}.
 
+    A label of -1 says that the example has none.
+
     Must pickle, for workers, and be safe to read from a thread. May offer `__getitems__(indices)`,
     a bulk read, and `identity`, JSON-able entries that tell its contents from others'. Records are
     read-only: a source may hand out the same one again.
@@ -41,7 +43,12 @@ class Source(Protocol):
 
 
 def open_source(
-    name: str, split: str = "train", data_dir: str | None = None, *, skip_bad: bool = False
+    name: str,
+    split: str = "train",
+    data_dir: str | None = None,
+    *,
+    skip_bad: bool = False,
+    held_out: float = 0.0,
 ) -> Source:
     """Opens a dataset by name.
 
@@ -50,19 +57,42 @@ def open_source(
         "imagenet2012" that was prepared as array_record files.
     split: for TFDS also a slice such as "train[:10%]".
     data_dir: where TFDS sets lie; default $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-    skip_bad: for folders, skip unreadable files with a warning where the default is an error.
+    skip_bad: go on without images that cannot be read, see `common.data.views.Skipping`; the default
+        is an error that names the image, when a folder is opened or when the image is met.
+    held_out: for a folder with no test images of its own, the share that is set aside as "test".
 
-    Grey images become RGB. Every integer feature is kept under its name ("label", or "count",
-    "distance" and "shape" for scenes); other features are dropped.
+    Images become RGB of 8 bits (`common.images`). The labels of a TFDS set are its ClassLabel
+    features ("count", "distance" and "shape" for scenes), or, where it has none, its integer ones but
+    those that number the records ("id", "index", "image_id", ...). -1 stands for no label.
 
     Raises FileNotFoundError with the command that prepares a missing set, ValueError for an
     unknown split or unusable contents.
     """
     if name.startswith("folder:"):
-        return open_folder(name.removeprefix("folder:"), split, skip_bad=skip_bad)
-    if name == "digits":
+        folder = name.removeprefix("folder:")
+        source = open_folder(folder, split, skip_bad=skip_bad, held_out=held_out)
+    elif name == "digits":
         return _open_digits(split)
-    return _open_tfds(name, split, data_dir)
+    else:
+        source = _open_tfds(name, split, data_dir)
+    return Skipping(source) if skip_bad else source
+
+
+def overlapping(a: Source, b: Source) -> bool:
+    """Whether two sources of `open_source` or `array_source` share records, as far as names tell."""
+    a, b = origin(a), origin(b)
+    if isinstance(a, TfdsSource) and isinstance(b, TfdsSource):
+        return a.identity["name"] == b.identity["name"] and any(
+            split == other and first < other_last and other_first < last
+            for split, first, last in a.spans
+            for other, other_first, other_last in b.spans
+        )
+    if isinstance(a, FolderSource) and isinstance(b, FolderSource):
+        same = os.path.realpath(a.root) == os.path.realpath(b.root)
+        return same and (a.part == b.part or not (a.part and b.part))
+    return a is b or (
+        isinstance(a, ArraySource) and isinstance(b, ArraySource) and a.identity == b.identity
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +144,7 @@ class TfdsSource:
     records: Any
     labels: tuple[str, ...]
     identity: dict[str, Any]
+    spans: tuple[tuple[str, int, int], ...] = ()  # the records, as (split, first, last + 1)
     _cache: dict[int, Record] = field(default_factory=dict, repr=False)
     _keep: bool | None = None  # whether the set fits the cache; known after the first image
 
@@ -128,7 +159,8 @@ class TfdsSource:
         missing = [i for i in dict.fromkeys(indices) if i not in found]
         if missing:
             for i, raw in zip(missing, self.records.__getitems__(missing), strict=True):
-                found[i] = {"image": decode_image(raw["image"])}
+                name = f"{self.identity['name']}, split {self.identity['split']}, record {i},"
+                found[i] = {"image": decode_image(raw["image"], name)}
                 found[i].update((key, int(raw[key])) for key in self.labels)
             if self._keep is None:
                 self._keep = len(self) * found[missing[0]]["image"].nbytes <= CACHE_BYTES
@@ -138,14 +170,6 @@ class TfdsSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}  # workers decode for themselves
-
-
-def decode_image(encoded: bytes) -> np.ndarray:
-    """PNG, JPEG, ... to read-only uint8 [H, W, 3]."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        array = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    array.flags.writeable = False
-    return array
 
 
 def tfds_dir(data_dir: str | None = None) -> str:
@@ -191,11 +215,6 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
             f"{name} has no uint8 'image' feature, its features are {sorted(features)}; write a "
             "Source for it, which needs just __len__ and __getitem__"
         )
-    labels = tuple(
-        key
-        for key, f in features.items()
-        if f.shape == () and np.issubdtype(f.np_dtype, np.integer)
-    )
     decoders = {"image": tfds.decode.SkipDecoding()}  # tfds's own decoding logs and is no faster
     try:
         records = builder.as_data_source(split=split, decoders=decoders)
@@ -209,4 +228,26 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsSource:
     identity = {"name": info.full_name, "split": split, "bytes": int(size)}
     if len(records) == 0:
         raise ValueError(f"{info.full_name} split {split!r} has no examples")
-    return TfdsSource(records, labels, identity)
+    spans = tuple(
+        (i.splitname, i.from_ or 0, info.splits[i.splitname].num_examples if i.to is None else i.to)
+        for i in tfds.core.ReadInstruction.from_spec(split).to_absolute(info.splits)
+    )
+    return TfdsSource(records, _labels(features), identity, spans)
+
+
+def _labels(features: Any) -> tuple[str, ...]:
+    """The features that are labels; see `open_source`."""
+    from tensorflow_datasets.core.features import ClassLabel
+
+    scalars = {
+        key: f
+        for key, f in features.items()
+        if f.shape == () and np.issubdtype(f.np_dtype, np.integer)
+    }
+    classes = tuple(key for key, f in scalars.items() if isinstance(f, ClassLabel))
+    return classes or tuple(key for key in scalars if not is_number(key))
+
+
+def is_number(name: str) -> bool:
+    """Whether a feature of this name numbers the records ("id", "index", "image_id", ...) and is no label."""
+    return name.lower().split("_")[-1] in ("id", "ids", "index", "idx")

@@ -115,9 +115,20 @@ def test_an_unknown_job_is_told_the_known_ones(refusal):
         ("train.save_every=-1", ["train.save_every=-1"]),
         ("data.crop_scale=(0.5, 0.2)", ["scale=(0.5, 0.2)", "scale[0] <= scale[1]"]),
         ("data.split=trian", ["'trian'", "train"]),
+        # of probes and evaluations
+        ("probe.knn_train=19", ["knn_train=19", "at least 20", "neighbors=20"]),
+        ("probe.knn_test=1", ["knn_test=1", "at least 2"]),
+        ("probe.train_examples=1", ["train_examples=1", "at least 2"]),
+        ("probe.test_examples=-1", ["test_examples=-1"]),
+        ("probe.neighbors=0", ["neighbors=0"]),
+        ("probe.neighbors=2000", ["knn_train=32", "neighbors=2000"]),
+        ("probe.batch=0", ["config.probe", "batch=0"]),
+        ("data.held_out=1.5", ["held_out=1.5", "below 1"]),
+        ("data.test_split=train", ["test_split='train'", "--config.probe.test_on_train=true"]),
         # too small for the masks
         ("model.image=12", ["grid (3, 3)", "2 tokens", "min_keep", "raise context_tokens"]),
         ("masks.num_targets=20", ["num_targets=20", "fewer or smaller targets"]),
+        ("masks.num_targets=40", ["num_targets=40", "; use fewer or smaller targets"]),
         ("masks.mode=papre", ["'papre'", '"paper"']),
     ],
 )
@@ -236,13 +247,16 @@ def begun(start, tmp_path):
     ("setting", "differences"),
     [
         ("train.seed=1", ["seed: saved 0, now 1", "transforms: saved"]),  # masks have the seed too
-        ("data.crop_scale=(0.5, 1.0)", ["scale=(0.5, 1.0)"]),
-        ("data.split=test", ["split: saved 'train', now 'test'", "length: saved"]),
+        ("data.crop_scale=(0.5,1.0)", ["scale=(0.5, 1.0)"]),
+        (
+            "data.split=test --config.data.test_split=train",
+            ["split: saved 'train', now 'test'", "length: saved"],
+        ),
     ],
 )
 def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
     before = begun()
-    arguments = (*RESUMED, f"--config.{setting}", "--resume=changed")
+    arguments = (*RESUMED, *f"--config.{setting}".split(" "), "--resume=changed")
     text = refusal(*arguments, train=jepa_pretrain.train, lines=2 + len(differences))
     assert "trained on other data" in text and "Restore the saved settings" in text
     assert [words for words in differences if words not in text] == [], text

@@ -13,6 +13,8 @@ def base() -> ConfigDict:
                 "name": "scenes",
                 "split": "train",
                 "test_split": "test",
+                "probe_split": "",  # what probes and kNN learn from; "" = split
+                "held_out": 0.1,  # share set aside as the test set, of a folder that has none
                 "data_dir": "",  # "" = TFDS_DATA_DIR
                 "examples": 0,  # training images, where the set is not at hand (preflight)
                 "crop_scale": (0.3, 1.0),
@@ -20,7 +22,7 @@ def base() -> ConfigDict:
                 "flip": False,
                 "eval_resize": 0,  # short side before the centre crop; 0 = the model's image size
                 "workers": 0,
-                "skip_bad": False,
+                "skip_bad": False,  # go on without images that cannot be read; they are counted
             },
             "model": {
                 "size": "tiny",
@@ -86,11 +88,13 @@ def base() -> ConfigDict:
             "policy": {"compute": "bfloat16", "remat": False, "unroll": 0},
             "checkpoint": {"keep": 2},
             "probe": {
-                "knn_train": 5000,  # images in the bank of the kNN monitor
+                "knn_train": 5000,  # images in the bank of the kNN monitor, a random part; 0 = all
                 "knn_test": 1000,
+                "neighbors": 20,  # that vote
                 "linear": True,  # linear probe at the end
-                "train_examples": 0,  # of the linear probe; 0 = all
+                "train_examples": 0,  # of the linear probe, a random part; 0 = all
                 "test_examples": 0,
+                "test_on_train": False,  # allow a test set that shares images with what is learned from
                 "epochs": 20,
                 "batch": 1024,
             },
