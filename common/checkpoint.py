@@ -35,6 +35,7 @@ from orbax.checkpoint import v1 as ocp
 
 from common.array_fingerprint import array_fingerprint
 from common.distributed import barrier
+from common.paths import check_local
 
 FORMAT_VERSION = 1
 T = TypeVar("T")
@@ -209,6 +210,7 @@ def restore_params(
 
 
 def _absolute(directory: str | PathLike) -> epath.Path:
+    check_local(directory, "the checkpoint directory")
     return epath.Path(directory).expanduser().absolute()
 
 

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         "--series", default="", help="by comma; default: all that more than one run has"
     )
     parser.add_argument("--names", default="", help="of the runs, by comma; default: their folders")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"))
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture")
     args = parser.parse_args(argv)
     names = args.names.split(",") if args.names else names_of(args.runs)
     if len(names) != len(args.runs) or len(set(names)) != len(names):

@@ -4,9 +4,10 @@
   python -m experiments.launch --config=experiments/configs/jepa/cifar10.py:smoke --workdir=/tmp/try
   python -m experiments.launch --config=... --workdir=... --config.optim.lr=3e-4 --config.train.steps=1000
 
-The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop). Started again in
-the same workdir, a run continues exactly where its last checkpoint stands. Exit codes: 0 done, 1 failed, 2 a setting or
-input is wrong, 75 stopped by a signal with its state saved (start it again).
+The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop);
+`--config=PATH.py --help` lists its arguments and settings. Started again in the same workdir, a run continues exactly where
+its last checkpoint stands. Exit codes: 0 done, 1 failed, 2 a setting or input is wrong, 75 stopped by a signal with its
+state saved (start it again).
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
 --process_id.
@@ -17,12 +18,15 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
 from common import distributed
 from common.config import ConfigError
 from common.host import keep_freed_memory
+from common.paths import check_local
+from experiments import usage
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: PATH.py or PATH.py:argument,key=value.", lock_config=True
@@ -34,16 +38,22 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all (auto on TPU, SLURM).")
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number (auto on TPU, SLURM).")
 
+# What parsing flags and reading a config can raise.
+_WRONG_FLAGS = (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError)
+
 
 def main(argv: list[str]) -> int:
     """Parses flags, runs the config's job, and turns known failures into one plain line and an exit code."""
+    if usage.wanted(argv):
+        return _help(argv)
     try:
         unused = flags.FLAGS(argv)[1:]
         if _CONFIG.value is None or _WORKDIR.value is None:
-            print(__doc__)
+            print(usage.of_flags(str(__doc__), _CONFIG.name))
             return _fail("both --config and --workdir are needed")
+        check_local(_WORKDIR.value, "--workdir")
         config = _CONFIG.value.to_dict()
-    except (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError) as error:
+    except _WRONG_FLAGS as error:
         return _fail(_plain(error))
     if unused:
         return _fail(
@@ -53,17 +63,50 @@ def main(argv: list[str]) -> int:
     logging.getLogger("triptych").setLevel(logging.INFO)
 
     # After the flags: a typo should not wait for every library a job needs.
-    from experiments.jobs import KNOWN_ERRORS, find
+    from experiments.jobs import explain, find
 
     try:
         job = find(config["job"])
+        _join_hosts()
+        return job(config, Path(_WORKDIR.value))
+    except Exception as error:
+        if (known := explain(error)) is None:
+            raise
+        return _fail(*known)
+
+
+def _help(argv: list[str]) -> int:
+    """Prints every flag, and the configs or, with --config, what that one can be told."""
+    print(usage.of_flags(str(__doc__), _CONFIG.name))
+    try:
+        flags.FLAGS(usage.without_help(argv))
+        if _CONFIG.value is None:
+            print(usage.of_configs())
+        else:
+            path = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
+            print(usage.of_config(path.partition(":")[0], _CONFIG.value.to_dict()))
+    except _WRONG_FLAGS as error:
+        return _fail(_plain(error))
+    return 0
+
+
+def _join_hosts() -> None:
+    """Joins the processes of a run. Raises ConfigError where they cannot be joined, or there is no device."""
+    try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     except ValueError as error:
-        return _fail(error)
-    try:
-        return job(config, Path(_WORKDIR.value))
-    except KNOWN_ERRORS as error:
-        return _fail(error)
+        raise ConfigError(str(error)) from error
+    except AssertionError as error:  # jax's, where JAX_PLATFORMS names only what is not there
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise ConfigError(
+            f"jax finds no device of JAX_PLATFORMS={platforms}: unset it, or install the extra for that device"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:  # of the service that the processes meet at
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the processes of this run cannot be joined: {reason}. Start the same command on every host, at about the "
+            f"same time, with --coordinator={_COORDINATOR.value or 'HOST:PORT'} naming a free port of process 0"
+        ) from error
 
 
 def _plain(error: BaseException) -> str:
@@ -82,9 +125,9 @@ def _plain(error: BaseException) -> str:
     return str(error)
 
 
-def _fail(error: object) -> int:
+def _fail(error: object, code: int = 2) -> int:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from common.data.folder import open_folder
+from common.paths import check_local
 
 Record = dict[str, Any]
 
@@ -59,6 +60,7 @@ def open_source(
     unknown split or unusable contents.
     """
     if name.startswith("folder:"):
+        check_local(name.removeprefix("folder:"), "folder")
         return open_folder(name.removeprefix("folder:"), split, skip_bad=skip_bad)
     if name == "digits":
         return _open_digits(split)
@@ -149,9 +151,10 @@ def decode_image(encoded: bytes) -> np.ndarray:
 
 
 def tfds_dir(data_dir: str | None = None) -> str:
-    """Where TFDS sets lie."""
+    """Where TFDS sets lie. Raises ValueError for a bucket, of which nothing is read."""
     # tfds reads the variable once, at import; users also set it later, in notebooks and tests
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    check_local(chosen, "data_dir" if data_dir else "TFDS_DATA_DIR")
     return str(Path(chosen).expanduser())
 
 
