@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +87,7 @@ def run(values: dict[str, Any], workdir: Path) -> int:
             items_per_step=spec.batch,
             unit="images",
             tensorboard=settings.writers.tensorboard,
-            wandb={"project": "triptych", "run_id": workdir.name}
-            if settings.writers.wandb
-            else None,
+            wandb=_wandb(settings),
         )
 
     try:
@@ -164,6 +163,14 @@ def _check_writers(settings: Settings) -> None:
     for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         if getattr(settings.writers, name) and importlib.util.find_spec(module) is None:
             raise ConfigError(f"config.writers.{name}=True needs {module}: pip install '.[{name}]'")
+
+
+def _wandb(settings: Settings) -> dict[str, Any] | None:
+    """What W&B is told of the run; None where it is off."""
+    if not settings.writers.wandb:
+        return None
+    project = settings.writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
+    return {"project": project, "config": settings.values}
 
 
 def _describe(settings: Settings, examples: int, mesh: Mesh, params: dict) -> None:

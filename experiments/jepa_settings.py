@@ -76,6 +76,7 @@ class CheckpointSettings:
 class WriterSettings:
     tensorboard: bool
     wandb: bool
+    wandb_project: str = ""
 
 
 @dataclass(frozen=True)
