@@ -34,6 +34,7 @@ from common._orbax import muted
 from common.array_fingerprint import array_fingerprint
 from common.distributed import barrier, exchange
 from common.full_disk import is_full, no_space
+from common.paths import check_local
 
 FORMAT_VERSION = 1
 T = TypeVar("T")
@@ -215,6 +216,7 @@ def restore_params(
 
 
 def _absolute(directory: str | PathLike) -> epath.Path:
+    check_local(directory, "the checkpoint directory")
     return epath.Path(directory).expanduser().absolute()
 
 

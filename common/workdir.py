@@ -14,6 +14,7 @@ import jax
 from common.distributed import exchange
 from common.full_disk import NoSpaceError, is_full, no_space
 from common.lease import HeldError, Lease, read, token
+from common.paths import check_local
 
 HELD = ".held"  # the file that says who holds the folder; it goes when the run ends
 SIGHT = 10.0  # seconds in which a file of one host must be seen by the others (they cache)
@@ -68,10 +69,10 @@ def _expanded(path: str | os.PathLike[str]) -> Path:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[str]:
     """Makes and holds the folder; yields the token by which its file is known."""
-    if str(folder).split("/")[0] in ("gs:", "s3:", "az:", "hdfs:"):
-        raise WorkdirError(
-            f"workdir {folder}: rows and curves need a file system; mount the bucket, or use a shared folder"
-        )
+    try:
+        check_local(folder, "workdir")
+    except ValueError as error:
+        raise WorkdirError(str(error)) from error
     missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     lease = None
     try:

@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -187,11 +188,18 @@ def _duration(seconds: float) -> str:
 
 
 class TensorBoardWriter:
-    """Scalars for TensorBoard, through tensorboardX (no TensorFlow)."""
+    """Scalars for TensorBoard, through tensorboardX (no TensorFlow).
 
-    def __init__(self, logdir: str | os.PathLike[str]) -> None:
+    Args:
+      purge_step: the first step of this process; TensorBoard then hides what an earlier one wrote from there on.
+    """
+
+    def __init__(self, logdir: str | os.PathLike[str], purge_step: int = 0) -> None:
         module = _optional("tensorboardX", extra="tensorboard")
-        self._writer = module.SummaryWriter(str(logdir))
+        # The suffix tells two files of the same second apart.
+        self._writer = module.SummaryWriter(
+            str(logdir), purge_step=purge_step, filename_suffix=f".from{purge_step}"
+        )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -202,14 +210,19 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Scalars for Weights & Biases. The same `run_id` continues the same run."""
+    """Scalars for Weights & Biases. The same `run_id` continues the same run; further arguments go to `wandb.init`."""
 
     def __init__(
         self, project: str, run_id: str, config: Mapping[str, Any] | None = None, **init: Any
     ) -> None:
         wandb = _optional("wandb", extra="wandb")
         self._run = wandb.init(
-            project=project, id=run_id, config=dict(config or {}), resume="allow", **init
+            project=project,
+            id=run_id,
+            config=dict(config or {}),
+            resume="allow",
+            allow_val_change=True,  # a run may go on with another setting
+            **init,
         )
         # W&B refuses to log an earlier step again, which a resumed run must: step is a value here.
         self._run.define_metric("*", step_metric="step")
@@ -219,6 +232,20 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def wandb_id(workdir: str | os.PathLike[str]) -> str:
+    """The id of a work dir's run on W&B: made once, and kept in `<workdir>/wandb_id`, so that a resumed run goes on.
+
+    Not the folder's name: a/cifar10 and b/cifar10 would be one run.
+    """
+    path = Path(workdir) / "wandb_id"
+    if not path.exists() or not path.read_text().strip():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(path.name + ".new")
+        new.write_text(secrets.token_hex(8) + "\n")
+        os.replace(new, path)
+    return path.read_text().strip()
 
 
 def _optional(module: str, extra: str) -> ModuleType:
@@ -263,7 +290,8 @@ def make_writer(
       restored_step: of the restored checkpoint, whose later rows are dropped; -1 for a fresh
         start, which drops every row.
       tensorboard: whether to write event files, into `<workdir>/tensorboard`.
-      wandb: keyword arguments of `WandbWriter`, at least `project` and `run_id`; None for no W&B.
+      wandb: keyword arguments of `WandbWriter`, at least `project`; the id is the work dir's (`wandb_id`), and so is the
+        name shown. None for no W&B.
     """
     if jax.process_index() != 0:
         return MultiWriter()
@@ -271,8 +299,13 @@ def make_writer(
     jsonl.resume_from(restored_step)
     writers: list[Writer] = [jsonl]
     if tensorboard:
-        writers.append(TensorBoardWriter(Path(workdir) / "tensorboard"))
+        writers.append(TensorBoardWriter(Path(workdir) / "tensorboard", restored_step + 1))
     if wandb is not None:
-        writers.append(WandbWriter(**wandb))
+        own = {
+            "run_id": wandb_id(workdir),
+            "name": Path(workdir).resolve().name,
+            "dir": str(workdir),
+        }
+        writers.append(WandbWriter(**{**own, **wandb}))
     writers.append(ConsoleWriter(total_steps, items_per_step, unit, headline))
     return MultiWriter(*writers)

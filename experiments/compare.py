@@ -12,10 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from common.plots import NOT_CURVES, curves
 from common.writers import read_rows
+
+_NAME = 16  # a longer name goes over several lines
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         "--series", default="", help="by comma; default: all that more than one run has"
     )
     parser.add_argument("--names", default="", help="of the runs, by comma; default: their folders")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"))
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture")
     args = parser.parse_args(argv)
     names = args.names.split(",") if args.names else names_of(args.runs)
     if len(names) != len(args.runs) or len(set(names)) != len(names):
@@ -43,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     draw(runs, series, args.out)
-    Console().print(table(runs, series))
+    console = Console()
+    print("last values")
+    for table in tables(runs, series, console.width):
+        console.print(table, crop=False)
     print(f"drew {args.out}")
     return 0
 
@@ -91,14 +97,44 @@ def draw(runs: Mapping[str, Rows], series: Sequence[str], path: Path) -> None:
     curves(rows, path, groups)
 
 
-def table(runs: Mapping[str, Rows], series: Sequence[str]) -> Table:
-    """The last value of each series in each run."""
-    shown = Table(title="last values")
-    for column in ("run", "step", *series):
-        shown.add_column(column, justify="left" if column == "run" else "right")
-    for name, rows in runs.items():
-        last = {key: row[key] for row in rows for key in ("step", *series) if key in row}
-        shown.add_row(name, *[f"{last.get(key, math.nan):.5g}" for key in ("step", *series)])
+def tables(runs: Mapping[str, Rows], series: Sequence[str], width: int) -> list[Table]:
+    """The last value of each series in each run, in tables that fit into `width` columns.
+
+    A run is a row where that fits; else it is a column, and as many of them as fit make a table.
+    """
+    names = ["step", *series]
+    by_run = [["run", *names]]
+    for run, rows in runs.items():
+        last = {key: row[key] for row in rows for key in names if key in row}
+        values = [f"{last.get(key, math.nan):.5g}" for key in series]
+        by_run.append([run, f"{last['step']:.0f}", *values])
+    if sum(map(_cost, zip(*by_run))) < width:
+        return [_table(list(zip(*by_run)), width)]
+    label, *columns = by_run
+    parts: list[list[Sequence[str]]] = []
+    for column in columns:
+        if not parts or sum(map(_cost, [label, *parts[-1], column])) >= width:
+            parts.append([])
+        parts[-1].append(column)
+    return [_table([label, *part], width) for part in parts]
+
+
+def _cost(column: Sequence[str]) -> int:
+    """Columns of the terminal for a column: numbers are never cut, names may go over several lines."""
+    return max(min(_NAME, len(column[0])), *map(len, column[1:])) + 3  # its padding and a border
+
+
+def _table(columns: Sequence[Sequence[str]], width: int) -> Table:
+    """Columns of cells, each with its head first; the first one holds names."""
+    shown = Table()
+    rest = width - 1 - sum(map(_cost, columns[1:]))
+    for i, column in enumerate(columns):
+        size = _cost(column) if i else max(_NAME, min(_cost(column), rest))
+        shown.add_column(
+            column[0], justify="right" if i else "left", width=size - 3, overflow="fold"
+        )
+    for cells in list(zip(*columns))[1:]:
+        shown.add_row(*map(escape, cells))
     return shown
 
 

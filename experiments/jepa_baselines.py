@@ -31,7 +31,7 @@ def run(run: Run) -> int:
     if done.issuperset(jobs):
         log.info("done before: the baselines' rows lie in %s", rows)
         return 0
-    settings, sets, mesh = begin(run.values, run.workdir)
+    settings, sets, mesh = begin(run.values)
     mesh = auto_mesh(mesh)
     run.begin(0)
     seed = settings.train.seed

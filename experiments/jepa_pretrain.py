@@ -6,6 +6,7 @@ row with everything needed to run it again).
 
 import importlib.util
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ log = logging.getLogger("triptych")
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     workdir = run.workdir
-    settings, sets, mesh = begin(run.values, workdir)
+    settings, sets, mesh = begin(run.values)
     source = sets.train
     recipe, spec = settings.recipe, settings.train
     try:
@@ -86,9 +87,7 @@ def run(run: Run) -> int:
             items_per_step=spec.batch,
             unit="images",
             tensorboard=settings.writers.tensorboard,
-            wandb={"project": "triptych", "run_id": workdir.name}
-            if settings.writers.wandb
-            else None,
+            wandb=_wandb(settings),
         )
 
     try:
@@ -138,16 +137,12 @@ def run(run: Run) -> int:
     return 0
 
 
-def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Sets, Mesh]:
-    """A config's settings, its sets of images, and its mesh, for a job that writes into `workdir`.
+def begin(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
+    """A config's settings, its sets of images, and its mesh, checked against each other.
 
     Raises:
       ConfigError: for whatever is wrong with them.
     """
-    if "://" in str(workdir) or str(workdir).startswith("gs:/"):
-        raise ConfigError(
-            f"--workdir={workdir}: rows and curves need a file system; mount the bucket, or use a shared folder"
-        )
     try:
         sets = open_sets(values["data"])
         settings = resolve(values, len(sets.train))
@@ -161,6 +156,14 @@ def _check_writers(settings: Settings) -> None:
     for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         if getattr(settings.writers, name) and importlib.util.find_spec(module) is None:
             raise ConfigError(f"config.writers.{name}=True needs {module}: pip install '.[{name}]'")
+
+
+def _wandb(settings: Settings) -> dict[str, Any] | None:
+    """What W&B is told of the run; None where it is off."""
+    if not settings.writers.wandb:
+        return None
+    project = settings.writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
+    return {"project": project, "config": settings.values}
 
 
 def _describe(settings: Settings, examples: int, mesh: Mesh, params: dict) -> None:

@@ -108,6 +108,7 @@ class CheckpointSettings:
 class WriterSettings:
     tensorboard: bool
     wandb: bool
+    wandb_project: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import pkgutil
 from collections.abc import Callable
 
+import jax
+
 from common.checkpoint import DamagedError, StructureError
 from common.config import ConfigError
 from common.full_disk import NoSpaceError
@@ -29,6 +31,32 @@ SEVERAL_PROCESSES = frozenset({"jepa_pretrain", "sinks_pretrain"})
 
 # What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError, WorkdirError, NoSpaceError, ImageError)
+
+OUT_OF_MEMORY = (
+    "The device has not enough memory: lower the batch (config.train.batch), raise config.train.accumulate, set "
+    "config.policy.remat=true, or spread the state over more devices (config.mesh.fsdp); outside training, lower the sizes "
+    "of the config's caches and chunks"
+)
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """What to tell of an error that a job ended with, and the exit code; None for one that keeps its traceback."""
+    text = str(error)
+    first = text.strip().partition("\n")[0].rstrip(".")
+    if isinstance(error, KNOWN_ERRORS):
+        return text, 1 if isinstance(error, NoSpaceError) else 2
+    if isinstance(error, jax.errors.JaxRuntimeError) and _out_of_memory(text):
+        return f"{first}. {OUT_OF_MEMORY}", 1
+    if isinstance(error, NotImplementedError) and "mesh" in text:  # of jax's mesh_utils
+        return f"{first}. This mesh does not fit the machine: choose other sizes of config.mesh", 2
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        reason = first.partition(" (set JAX_PLATFORMS")[0]
+        return f"{reason}. Unset JAX_PLATFORMS, or install the extra for that device", 2
+    return None
+
+
+def _out_of_memory(text: str) -> bool:
+    return "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
 
 
 def find(name: str) -> Callable[[Run], int]:

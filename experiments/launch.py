@@ -4,11 +4,12 @@
   python -m experiments.launch --config=experiments/configs/jepa/cifar10.py:smoke --workdir=/tmp/try
   python -m experiments.launch --config=... --workdir=... --config.optim.lr=3e-4 --config.train.steps=1000
 
-The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop). Started again in
-the same workdir, a run continues exactly where its last checkpoint stands, and one that is done says so. A start with other
-settings is refused; --resume=changed takes them on purpose, and the row then tells what changed at which step. A workdir
-serves one run at a time. Exit codes: 0 done, 1 failed (also a full disk, or a final evaluation that failed: the same command
-does what is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again).
+The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop);
+`--config=PATH.py --help` lists its arguments and settings. Started again in the same workdir, a run continues exactly
+where its last checkpoint stands, and one that is done says so. A start with other settings is refused;
+--resume=changed takes them on purpose, and the row then tells what changed at which step. A workdir serves one run at
+a time. Exit codes: 0 done, 1 failed (also a full disk, or a final evaluation that failed: the same command does what
+is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again).
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
 --process_id. Processes that differ in settings, code, library versions or data stop with exit code 2 before the first step.
@@ -26,6 +27,8 @@ from ml_collections import ConfigDict, config_flags
 from common import distributed
 from common.config import ConfigError
 from common.host import keep_freed_memory
+from common.paths import check_local
+from experiments import usage
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: PATH.py or PATH.py:argument,key=value.", lock_config=True
@@ -40,16 +43,22 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all (auto on TPU, SLURM).")
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number (auto on TPU, SLURM).")
 
+# What parsing flags and reading a config can raise.
+_WRONG_FLAGS = (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError)
+
 
 def main(argv: list[str]) -> int:
     """Parses flags, runs the config's job, and turns known failures into one plain line and an exit code."""
+    if usage.wanted(argv):
+        return _help(argv)
     try:
         unused = flags.FLAGS(argv)[1:]
         if _CONFIG.value is None or _WORKDIR.value is None:
-            print(__doc__)
+            print(usage.of_flags(str(__doc__), _CONFIG.name))
             return _fail("both --config and --workdir are needed")
+        check_local(_WORKDIR.value, "--workdir")
         config = _CONFIG.value.to_dict()
-    except (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError) as error:
+    except _WRONG_FLAGS as error:
         return _fail(_plain(error))
     if unused:
         return _fail(
@@ -59,29 +68,71 @@ def main(argv: list[str]) -> int:
     logging.getLogger("triptych").setLevel(logging.INFO)
 
     # After the flags: a typo should not wait for every library a job needs.
-    from common.full_disk import NoSpaceError
     from common.workdir import hold
-    from experiments.facts import run_facts
-    from experiments.jobs import KNOWN_ERRORS, check_processes, find
+    from experiments.jobs import find
     from experiments.run import Run
 
+    joined = False
     try:
         job = find(config["job"])
+        _join_hosts(config)
+        joined = True
+        with hold(_WORKDIR.value) as workdir:
+            return job(Run(config, workdir, resume=_RESUME.value, **_origin()))
+    except Exception as error:
+        return _end(error, joined)
+
+
+def _end(error: Exception, joined: bool) -> int:
+    """Tells a known failure in one line, and the other processes of the run; any other goes on with its traceback."""
+    from experiments.jobs import explain
+
+    known = explain(error)
+    if joined:
+        distributed.report_failure(known[0] if known else f"{type(error).__name__}: {error}")
+    if known is None:
+        raise error
+    return _fail(*known)
+
+
+def _help(argv: list[str]) -> int:
+    """Prints every flag, and the configs or, with --config, what that one can be told."""
+    print(usage.of_flags(str(__doc__), _CONFIG.name))
+    try:
+        flags.FLAGS(usage.without_help(argv))
+        if _CONFIG.value is None:
+            print(usage.of_configs())
+        else:
+            path = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
+            print(usage.of_config(path.partition(":")[0], _CONFIG.value.to_dict()))
+    except _WRONG_FLAGS as error:
+        return _fail(_plain(error))
+    return 0
+
+
+def _join_hosts(config: dict[str, Any]) -> None:
+    """Joins the processes of a run. Raises ConfigError where they cannot be joined, differ, or there is no device."""
+    from experiments.facts import run_facts
+    from experiments.jobs import check_processes
+
+    try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         if jax.process_count() > 1:
             distributed.require_same(run_facts(config))
         check_processes(config["job"], jax.process_count())
     except ValueError as error:
-        return _fail(error)
-    try:
-        with hold(_WORKDIR.value) as workdir:
-            return job(Run(config, workdir, resume=_RESUME.value, **_origin()))
-    except KNOWN_ERRORS as error:
-        distributed.report_failure(str(error))
-        return _fail(error, 1 if isinstance(error, NoSpaceError) else 2)
-    except Exception as error:
-        distributed.report_failure(f"{type(error).__name__}: {error}")
-        raise
+        raise ConfigError(str(error)) from error
+    except AssertionError as error:  # jax's, where JAX_PLATFORMS names only what is not there
+        platforms = os.environ.get("JAX_PLATFORMS")
+        raise ConfigError(
+            f"jax finds no device of JAX_PLATFORMS={platforms}: unset it, or install the extra for that device"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:  # of the service that the processes meet at
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"the processes of this run cannot be joined: {reason}. Start the same command on every host, at about the "
+            f"same time, with --coordinator={_COORDINATOR.value or 'HOST:PORT'} naming a free port of process 0"
+        ) from error
 
 
 def _origin() -> dict[str, Any]:

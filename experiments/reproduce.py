@@ -19,6 +19,7 @@ from pathlib import Path
 
 from common.distributed import EXIT_PREEMPTED
 from common.host import keep_freed_memory
+from common.paths import check_local
 
 # The quickest first: something to look at within a minute. By name, so that none loads before its turn.
 PARTS = {
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", default="metaopt,sinks,jepa", help="parts, by comma")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/reproduce"), help="of tables, rows and pictures"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="of I-JEPA, to average (default 1)")
     parser.add_argument("--epochs", type=float, default=0, help="of I-JEPA; default: its config's")
     args = parser.parse_args(argv)
@@ -46,10 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     for name in chosen:
         if name not in PARTS:
             parser.error(f"--only={args.only}: {name!r} is none of {', '.join(PARTS)}")
+    try:
+        check_local(args.workdir, "--workdir")
+    except ValueError as error:
+        parser.error(str(error))
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    from experiments.jobs import KNOWN_ERRORS  # loads libraries that would set logging up their way
+    from experiments.jobs import explain  # loads libraries that would set logging up their way
 
     options = {"jepa": {"seeds": args.seeds, "epochs": args.epochs}}
 
@@ -59,9 +66,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             run = pkgutil.resolve_name(PARTS[name])
             code = run(args.workdir / name, **options.get(name, {}))
-        except KNOWN_ERRORS as error:
-            log.error("error: %s", error)
-            code = 2
+        except Exception as error:
+            if (known := explain(error)) is None:
+                raise
+            log.error("error: %s", known[0])
+            code = known[1]
         if code == EXIT_PREEMPTED:
             log.warning("run `make reproduce` again to continue")
             return code

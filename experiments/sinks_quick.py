@@ -188,13 +188,3 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
     figure.savefig(path, dpi=144, facecolor="white")
-
-
-if __name__ == "__main__":
-    import sys
-
-    from common.host import keep_freed_memory
-
-    keep_freed_memory()
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    sys.exit(run(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quick")))

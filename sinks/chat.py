@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.7, help="0: the likeliest token")
     add("--top_k", type=int, default=0, help="0: off")
     add("--top_p", type=float, default=0.9, help="1: off")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of what is drawn")
     add("--limit", type=int, default=0, help="tokens of an answer; 0: none")
     add(
         "--reserve",

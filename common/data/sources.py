@@ -16,6 +16,7 @@ import numpy as np
 from common.data.folder import FolderSource, open_folder
 from common.data.views import Skipping, origin
 from common.images import decode_image
+from common.paths import check_local
 
 Record = dict[str, Any]
 
@@ -70,6 +71,7 @@ def open_source(
     """
     if name.startswith("folder:"):
         folder = name.removeprefix("folder:")
+        check_local(folder, "folder")
         source = open_folder(folder, split, skip_bad=skip_bad, held_out=held_out)
     elif name == "digits":
         return _open_digits(split)
@@ -173,9 +175,10 @@ class TfdsSource:
 
 
 def tfds_dir(data_dir: str | None = None) -> str:
-    """Where TFDS sets lie."""
+    """Where TFDS sets lie. Raises ValueError for a bucket, of which nothing is read."""
     # tfds reads the variable once, at import; users also set it later, in notebooks and tests
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    check_local(chosen, "data_dir" if data_dir else "TFDS_DATA_DIR")
     return str(Path(chosen).expanduser())
 
 

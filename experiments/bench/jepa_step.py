@@ -139,7 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--official", default="", help="checkout of facebookresearch/ijepa (default: HF modules)"
     )
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument(
+        "--modes", default=",".join(MODES), help="contenders, by comma (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns each contender gets")
     parser.add_argument("--steps", type=int, default=12, help="timed steps per turn")
     parser.add_argument("--write", action="store_true", help=f"append a row to {RESULTS.name}")

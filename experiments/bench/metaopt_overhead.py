@@ -142,12 +142,18 @@ def _in_turns(runs: dict[str, Callable[[], None]], rounds: int, warm: int = 3) -
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.bench.metaopt_overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=40, help="steps of each contender a process")
     parser.add_argument("--turns", type=int, default=3, help="processes")
-    parser.add_argument("--contenders", default="adamw,level1,level3,level50,auto")
-    parser.add_argument("--original", action="store_true")
+    parser.add_argument(
+        "--contenders", default="adamw,level1,level3,level50,auto", help="by comma (%(default)s)"
+    )
+    parser.add_argument(
+        "--original", action="store_true", help="the original package instead (extra `peers`)"
+    )
     parser.add_argument("--write", action="store_true", help=f"append a row to {RESULTS.name}")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -135,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument(
+        "--modes", default=",".join(MODES), help="contenders, by comma (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns each contender gets")
     parser.add_argument("--steps", type=int, default=4, help="chunks, or eighths of tokens, a turn")
     parser.add_argument("--write", action="store_true", help=f"append a row to {RESULTS.name}")

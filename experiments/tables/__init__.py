@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--out", type=Path, default=HERE / "TABLES.md")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of rows")
+    parser.add_argument("--out", type=Path, default=HERE / "TABLES.md", help="file to write")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     args = parser.parse_args(argv)
     if not args.results.is_dir():

@@ -210,7 +210,9 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch, module, make):
         make()
 
 
-def test_wandb_may_log_a_resumed_step_again(monkeypatch):
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """What W&B is asked for."""
     calls = []
     run = types.SimpleNamespace(
         define_metric=lambda *a, **k: calls.append(("define", a, k)),
@@ -220,17 +222,48 @@ def test_wandb_may_log_a_resumed_step_again(monkeypatch):
     fake = types.ModuleType("wandb")
     fake.init = lambda **kwargs: calls.append(("init", kwargs)) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return calls
+
+
+def test_wandb_may_log_a_resumed_step_again(fake_wandb):
     writer = writers.WandbWriter("project", "run", config={"lr": 1.0}, dir="here")
     writer.write(5, {"loss": 1.0})
     writer.close()
-    assert calls[0][1] == dict(
-        project="project", id="run", config={"lr": 1.0}, resume="allow", dir="here"
-    )
-    assert calls[1:] == [
+    assert fake_wandb[0][1] == dict(
+        project="project", id="run", config={"lr": 1.0}, resume="allow", allow_val_change=True,
+        dir="here",
+    )  # fmt: skip
+    assert fake_wandb[1:] == [
         ("define", ("*",), {"step_metric": "step"}),
         ("log", {"step": 5, "loss": 1.0}),
         ("finish",),
     ]
+
+
+def test_a_workdir_is_one_run_of_wandb_and_no_other_is(tmp_path, fake_wandb):
+    for workdir in ("a/cifar10", "b/cifar10", "a/cifar10"):
+        settings = {"project": "mine", "config": {"lr": 1.0}}
+        make_writer(tmp_path / workdir, 10, restored_step=3, wandb=settings).close()
+    made = [call[1] for call in fake_wandb if call[0] == "init"]
+    first, other, resumed = (kwargs["id"] for kwargs in made)
+    assert first == resumed != other and first.isalnum() and len(first) >= 8
+    assert {kwargs["name"] for kwargs in made} == {"cifar10"}
+    assert all(kwargs["config"] == {"lr": 1.0} and kwargs["project"] == "mine" for kwargs in made)
+
+
+def events(folder):
+    """The events of a folder of TensorBoard, in the order in which it reads them."""
+    pytest.importorskip("tensorboardX", reason="extra `tensorboard` is not installed")
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data = path.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
 
 
 def test_tensorboard_events_can_be_read_back(tmp_path):
@@ -238,17 +271,26 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
     writer = writers.TensorBoardWriter(tmp_path)
     writer.write(7, {"loss": 0.5, "bad": math.nan})
     writer.close()
-    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401  (its format's owner)
-    from tensorboardX.proto.event_pb2 import Event
-
-    (path,) = tmp_path.glob("events.*")
-    data, events = path.read_bytes(), []
-    while data:  # length, its checksum, the event, its checksum
-        size = int.from_bytes(data[:8], "little")
-        events.append(Event.FromString(data[12 : 12 + size]))
-        data = data[16 + size :]
-    values = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    values = {(e.step, v.tag): v.simple_value for e in events(tmp_path) for v in e.summary.value}
     assert values[7, "loss"] == 0.5 and math.isnan(values[7, "bad"])
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
+    pytest.importorskip("tensorboardX", reason="extra `tensorboard` is not installed")
+    for restored, steps in ((-1, range(1, 21)), (10, range(11, 16)), (12, range(13, 31))):
+        writer = make_writer(tmp_path, 30, restored_step=restored, tensorboard=True)
+        for step in steps:
+            writer.write(step, {"loss": float(restored)})
+        writer.close()
+    shown = {}
+    for event in events(tmp_path / "tensorboard"):
+        if event.session_log.status == event.session_log.START:  # what TensorBoard does with it
+            shown = {step: value for step, value in shown.items() if step < event.step}
+        for value in event.summary.value:
+            assert event.step not in shown, "a step twice"
+            shown[event.step] = value.simple_value
+    assert list(shown) == list(range(1, 31))
+    assert [shown[step] for step in (10, 11, 12, 13, 30)] == [-1, 10, 10, 12, 12]
 
 
 def test_all_writers_get_every_row_and_are_closed_even_if_one_fails():

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from experiments.compare import choose, main, names_of, read, table
+from experiments import compare
+from experiments.compare import choose, main, names_of, read, tables
 
 
 def workdir(folder, rows):
@@ -34,10 +35,40 @@ def test_draws_and_tabulates(runs, tmp_path, capsys):
 def test_shows_by_default_what_two_runs_share(runs):
     rows = {name: read(path) for name, path in zip(names_of(runs), runs)}
     assert choose(rows, []) == ["loss"]
-    shown = table(rows, ["loss", "lr"])
+    (shown,) = tables(rows, ["loss", "lr"], 80)
     assert [list(column.cells) for column in shown.columns] == [
         ["hand", "auto"], ["5", "6"], ["1", "0.8"], [f"{math.nan}", "0.7"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 12])
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_narrow_terminal_cuts_no_number(tmp_path, monkeypatch, capsys, width, count):
+    series = ["loss", "images_per_second", "eval/token_position_r2", *(f"s{i}" for i in range(17))]
+    values, paths = {}, []
+    for r in range(count):
+        row = {key: -(1 + r + 0.001 * i) * 1e-7 for i, key in enumerate(series)}
+        values[f"seed{r}/[a]_long_name_of_a_run"] = row
+        paths.append(
+            workdir(tmp_path / f"seed{r}" / "[a]_long_name_of_a_run", [{"step": 100000, **row}])
+        )
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    assert main([*map(str, paths), f"--out={tmp_path / 'out.png'}"]) == 0
+    said = capsys.readouterr().out
+    lines = said.splitlines()[:-1]
+    assert max(map(len, lines)) <= width and "…" not in said
+    cells = [cell.strip() for line in lines for cell in line.split("│")]
+    numbers = [f"{value:.5g}" for row in values.values() for value in row.values()]
+    assert [number for number in numbers if number not in cells] == []
+    assert cells.count("100000") == count, "every run is there, once"
+    assert cells.count("loss") == said.count("━┓\n"), "every table names its series"
+
+
+def test_many_runs_of_few_series_are_rows(tmp_path):
+    runs = {f"seed{r}": [{"step": 1, "loss": r / 7}] for r in range(30)}
+    (shown,) = tables(runs, ["loss"], 40)
+    assert len(shown.rows) == 30
 
 
 def test_runs_are_named_from_where_they_differ(tmp_path):

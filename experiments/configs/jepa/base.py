@@ -98,7 +98,11 @@ def base() -> ConfigDict:
                 "epochs": 20,
                 "batch": 1024,
             },
-            "writers": {"tensorboard": False, "wandb": False},
+            "writers": {
+                "tensorboard": False,
+                "wandb": False,
+                "wandb_project": "",  # "" = WANDB_PROJECT, else "triptych"
+            },
         }
     )
 

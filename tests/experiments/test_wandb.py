@@ -1,0 +1,28 @@
+"""The config says what W&B is told: its project, and every setting."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from experiments.jepa_pretrain import _wandb
+from experiments.jepa_settings import WriterSettings
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "project"),
+    [("", None, "triptych"), ("", "team", "team"), ("mine", "team", "mine")],
+)
+def test_the_project_is_a_setting_or_a_variable(monkeypatch, setting, variable, project):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if variable:
+        monkeypatch.setenv("WANDB_PROJECT", variable)
+    writers = WriterSettings(tensorboard=False, wandb=True, wandb_project=setting)
+    values = {"optim": {"lr": 1.0}}
+    assert _wandb(SimpleNamespace(writers=writers, values=values)) == {
+        "project": project,
+        "config": values,
+    }
+
+
+def test_without_it_nothing_is_told():
+    assert _wandb(SimpleNamespace(writers=WriterSettings(False, False), values={})) is None
