@@ -154,7 +154,7 @@ def test_the_recipes_of_imagenet_22k_take_any_folder(recipe, splits, tmp_path):
             save(tmp_path / split / f"n{i % 3}" / f"{i}.jpg", i)
     config = recipe.get_config("smoke")
     config.data.update(name=f"folder:{tmp_path}", test_split="validation")
-    resolved, sets, _ = begin(config.to_dict(), tmp_path / "run")
+    resolved, sets, _ = begin(config.to_dict())
     assert len(sets.train) + len(sets.test) == 60 * len(splits) and sets.bank is sets.train
     share = 0.1 if len(splits) == 1 else None
     found = jepa_eval.linear_probes  # what a row will say
@@ -166,12 +166,12 @@ def test_a_probe_is_not_tested_on_what_it_learned_from(tmp_path):
     config = get_config("smoke")
     config.data.test_split = "train"
     with pytest.raises(ConfigError, match=r"test_split='train'.*probe.test_on_train=true"):
-        begin(config.to_dict(), tmp_path)
+        begin(config.to_dict())
     config.probe.test_on_train = True
-    begin(config.to_dict(), tmp_path)
+    begin(config.to_dict())
     config.probe.test_on_train = False
     config.data.probe_split = "test"  # the test images may be trained on, without labels
-    sets = begin(config.to_dict(), tmp_path)[1]
+    sets = begin(config.to_dict())[1]
     assert sets.train is not sets.bank and len(sets.bank) == 359
 
 
@@ -183,7 +183,7 @@ def test_too_few_images_are_refused_before_training(tmp_path):
     with pytest.raises(
         ConfigError, match=r"config.data.split='train' has 1\d images.*neighbors=20"
     ):
-        begin(config.to_dict(), tmp_path / "run")
+        begin(config.to_dict())
 
 
 def test_features_that_do_not_fit_the_memory_are_refused_before_training(tmp_path, monkeypatch):
@@ -193,9 +193,9 @@ def test_features_that_do_not_fit_the_memory_are_refused_before_training(tmp_pat
     with pytest.raises(
         ConfigError, match=r"1,438 training and 359 test images.*train_examples to 596 or less"
     ):
-        begin(config.to_dict(), tmp_path)
+        begin(config.to_dict())
     config.probe.linear = False
-    begin(config.to_dict(), tmp_path)
+    begin(config.to_dict())
 
 
 def test_the_features_of_a_released_recipe_are_known_in_advance():
