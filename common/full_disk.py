@@ -24,6 +24,11 @@ def is_full(error: BaseException | None) -> bool:
     )
 
 
+def told(error: BaseException) -> NoSpaceError | None:
+    """The error that already says so, among those that led to `error`."""
+    return next((e for e in _chain(error, set()) if isinstance(e, NoSpaceError)), None)
+
+
 def no_space(where: str | os.PathLike[str], so_far: str = "") -> NoSpaceError:
     """The error for the folder `where`; `so_far` says what of the run is safe."""
     after = f"; {so_far}" if so_far else ""

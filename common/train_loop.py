@@ -38,7 +38,7 @@ class TrainSpec:
 
     Attributes:
       steps: updates in all.  batch: global batch size.  seed: of parameters, data order, masks and noise.
-      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, evaluated and saved.
+      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, saved and evaluated.
       accumulate: microbatches per update.
       profile_start, profile_steps: window traced into <workdir>/profile; 0 steps for none.
     """
@@ -249,10 +249,13 @@ def train(
             profile.close()
         if start < spec.steps:
             save(spec.steps, wait=True)
-        if start <= spec.steps and (failed := evaluate(spec.steps)):
-            raise EvaluationFailed(
-                f"evaluation {failed}; the trained state is saved: start the same command again to repeat only this"
-            )
+        if start <= spec.steps:
+            leave_if_told(spec.steps)
+            if failed := evaluate(spec.steps):
+                raise EvaluationFailed(
+                    f"evaluation {failed}; the trained state is saved: start the same command again to repeat only this"
+                )
+            leave_if_told(spec.steps)
     return moved_to(plain, state), ledger.seconds
 
 
