@@ -253,7 +253,8 @@ def train(
             leave_if_told(spec.steps)
             if failed := evaluate(spec.steps):
                 raise EvaluationFailed(
-                    f"evaluation {failed}; the trained state is saved: start the same command again to repeat only this"
+                    f"evaluation {failed}; the trained state is saved: mend that and start the same command again, "
+                    "which repeats only this"
                 )
             leave_if_told(spec.steps)
     return moved_to(plain, state), ledger.seconds

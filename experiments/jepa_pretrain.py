@@ -125,8 +125,8 @@ def run(values: dict[str, Any], workdir: Path) -> int:
         except Exception as error:  # any: the training before it must not look lost
             why = describe(error, "linear probes", workdir)
             log.error(
-                "error: the linear probes failed: %s; the trained state is saved: start the same command again to "
-                "repeat only them", why,
+                "error: the linear probes failed: %s; the trained state is saved: mend that and start the same command "
+                "again, which repeats only this", why,
             )  # fmt: skip
             return 1
     if jax.process_index() == 0:
