@@ -53,7 +53,7 @@ def hold(path: str | os.PathLike[str]) -> Iterator[Path]:
         except Exception as error:
             if isinstance(error, NoSpaceError) or not is_full(error):
                 raise
-            raise told(error) or no_space(folder) from error
+            raise told(error) or no_space(error, folder) from error
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:

@@ -36,7 +36,7 @@ from common.results import append_row, make_row
 from common.sharding import batch_sharding
 from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
-from common.writers import make_writer, read_rows
+from common.writers import make_writer, read_rows, write_whole
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
 from experiments.jepa_settings import Settings, resolve
 from jepa.recipe import AddMasks
@@ -214,4 +214,4 @@ def _draw(workdir: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     if jax.process_index() == 0:
-        path.write_text(json.dumps(value, indent=2) + "\n")
+        write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -269,10 +269,17 @@ def test_a_full_disk_is_one_plain_line(tmp_path, error):
     )
 
 
+def test_a_disk_that_is_full_elsewhere_is_named(tmp_path):
+    with pytest.raises(NoSpaceError, match="no space left on /elsewhere/x:"), hold(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/x")
+    with pytest.raises(NoSpaceError, match=f"no space left on {tmp_path}:"), hold(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/x")
+
+
 def test_what_the_disk_was_full_for_is_not_hidden_by_what_failed_after_it(tmp_path):
     with pytest.raises(NoSpaceError, match="checkpoint is step 4"), hold(tmp_path):
         try:
-            raise no_space(tmp_path, "the last good checkpoint is step 4") from FULL[0]
+            raise no_space(FULL[0], tmp_path, "the last good checkpoint is step 4") from FULL[0]
         finally:
             raise OSError(errno.ENOSPC, "and no picture")
 
