@@ -124,7 +124,7 @@ def train(
       open_writer: from the restored step (-1: none) to the writer of rows, which drops rows after that step.
       meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
-        fails leaves "<name>_failed" in the rows; a restart runs those that its first step lacks.
+        fails leaves "<name>_failed" in the rows; a restart runs those that metrics.jsonl lacks at its first step.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
