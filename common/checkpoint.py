@@ -102,9 +102,10 @@ class Checkpointer:
                 error = late
             if not is_full(error):
                 raise
-        if is_full(error):
+        if error is not None and is_full(error):
             last = max(_listed(self._directory), default="none")
-            raise no_space(self._directory, f"the last good checkpoint is step {last}") from error
+            safe = f"the last good checkpoint is step {last}"
+            raise no_space(error, self._directory.parent, safe) from error
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, wait: bool = False) -> None:
         """Saves a pytree of jax arrays; returns when they are on the host, and may be donated.

@@ -145,13 +145,13 @@ def exchange(name: str, text: str, seconds: float = 600.0) -> list[str]:
     client: Any = global_state.client
     own = jax.process_index()
     key = f"triptych/{name}/{next(_barriers)}"
-    client.key_value_set(f"{key}/{own}", text or " ")
+    client.key_value_set(f"{key}/{own}", json.dumps(text))
     barrier(name, seconds)
     if _last_exchange:  # which every process has read, or it would not have come to this one
         client.key_value_delete(f"{_last_exchange}/{own}")
     _last_exchange = key
     found = {int(at.rpartition("/")[2]): value for at, value in client.key_value_dir_get(key)}
-    return [found[i].strip() for i in range(jax.process_count())]
+    return [json.loads(found[i]) for i in range(jax.process_count())]
 
 
 _last_exchange = ""

@@ -37,10 +37,8 @@ def run_evals(
         try:
             values = {f"{name}/{key}": float(value) for key, value in fn(state)}
         except Exception as caught:  # whatever a user's evaluation raises
-            error, problem = (
-                caught,
-                describe(caught, f"evaluation {name!r} at step {step}", workdir),
-            )
+            error = caught
+            problem = describe(error, f"evaluation {name!r} at step {step}", workdir)
         try:
             problems = exchange(f"evaluation {name}", problem)
         except jax.errors.JaxRuntimeError as late:
@@ -63,7 +61,7 @@ def unrecorded(evals: Collection[str], workdir: Path, step: int) -> list[str]:
 
 
 def describe(error: Exception, what: str, workdir: Path) -> str:
-    """ "ValueError: its first line"; appends the traceback to `workdir`/evaluation_errors.txt."""
+    """One line: the error's kind and first line. Its traceback goes to `workdir`/evaluation_errors.txt."""
     text = (str(error).strip() or "no message").splitlines()[0][:300]
     path = workdir / "evaluation_errors.txt"
     if jax.process_index():

@@ -24,11 +24,23 @@ def is_full(error: BaseException | None) -> bool:
     )
 
 
-def no_space(where: str | os.PathLike[str], so_far: str = "") -> NoSpaceError:
-    """The error for the folder `where`; `so_far` says what of the run is safe."""
+def told(error: BaseException) -> NoSpaceError | None:
+    """The error that already says so, among those that led to `error`."""
+    return next((e for e in _chain(error, set()) if isinstance(e, NoSpaceError)), None)
+
+
+def no_space(error: BaseException, where: str | os.PathLike[str], so_far: str = "") -> NoSpaceError:
+    """The line about `error`, which met a full disk; `so_far` says what of the run is safe.
+
+    The disk is that of the folder `where`, unless the error itself names a file elsewhere.
+    """
+    named = (e.filename for e in _chain(error, set()) if isinstance(e, OSError) and e.errno in FULL)
+    file = next((name for name in named if isinstance(name, str)), None)
+    if file is not None and not Path(file).absolute().is_relative_to(Path(where).absolute()):
+        where = file
     after = f"; {so_far}" if so_far else ""
     return NoSpaceError(
-        f"no space left on {Path(where)}: free some and start the same command again{after}"
+        f"no space left on {where}: free some and start the same command again{after}"
     )
 
 

@@ -222,7 +222,11 @@ def _held(line: bytes) -> HeldError:
 
 
 def _end(line: bytes) -> None:
-    print(f"error: this run slept, and {_held(line)}; ending here", file=sys.stderr, flush=True)
+    print(
+        f"error: this run has lost its folder: {_held(line)}; it ends here",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)
 
 

@@ -38,7 +38,7 @@ class TrainSpec:
 
     Attributes:
       steps: updates in all.  batch: global batch size.  seed: of parameters, data order, masks and noise.
-      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, evaluated and saved.
+      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, saved and evaluated.
       accumulate: microbatches per update.
       profile_start, profile_steps: window traced into <workdir>/profile; 0 steps for none.
     """
@@ -133,7 +133,7 @@ def train(
       open_writer: from the restored step (-1: none) to the writer of rows, which drops rows after that step.
       meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
-        fails leaves "<name>_failed" in the rows; a restart runs those that its first step lacks.
+        fails leaves "<name>_failed" in the rows; a restart runs those that metrics.jsonl lacks at its first step.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
@@ -261,10 +261,14 @@ def train(
             profile.close()
         if start < spec.steps:
             save(spec.steps, wait=True)
-        if start <= spec.steps and (failed := evaluate(spec.steps)):
-            raise EvaluationFailed(
-                f"evaluation {failed}; the trained state is saved: start the same command again to repeat only this"
-            )
+        if start <= spec.steps:
+            leave_if_told(spec.steps)
+            if failed := evaluate(spec.steps):
+                raise EvaluationFailed(
+                    f"evaluation {failed}; the trained state is saved: mend that and start the same command again, "
+                    "which repeats only this"
+                )
+            leave_if_told(spec.steps)
     return moved_to(plain, state), ledger.seconds
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from common.distributed import exchange
-from common.full_disk import NoSpaceError, is_full, no_space
+from common.full_disk import NoSpaceError, is_full, no_space, told
 from common.lease import HeldError, Lease, read, token
 from common.paths import check_local
 
@@ -51,12 +51,10 @@ def hold(path: str | os.PathLike[str]) -> Iterator[Path]:
         _check_all_see(folder, wanted)
         try:
             yield folder
-        except NoSpaceError:
-            raise
         except Exception as error:
-            if is_full(error):
-                raise no_space(folder) from error
-            raise
+            if isinstance(error, NoSpaceError) or not is_full(error):
+                raise
+            raise told(error) or no_space(error, folder) from error
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:

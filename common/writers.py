@@ -49,6 +49,20 @@ def to_json(row: Mapping[str, Any]) -> str:
     return json.dumps(encode(row), allow_nan=False, separators=(", ", ": "))
 
 
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a file as a whole or, where it cannot (a full disk, a kill), leaves the one before."""
+    new = Path(f"{os.fspath(path)}.new")
+    try:
+        with open(new, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    os.replace(new, path)
+
+
 def complete_lines(path: str | os.PathLike[str]) -> list[str]:
     """The lines of a file that ends in a newline: what a killed writer left after it is dropped."""
     text = Path(path).read_bytes()
@@ -101,16 +115,7 @@ class JsonlWriter:
         return open(self.path, "a", buffering=1)
 
     def _replace(self, lines: Sequence[str]) -> None:
-        new = self.path.with_name(self.path.name + ".new")
-        try:
-            with open(new, "w") as file:
-                file.writelines(line + "\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:  # a full disk, of which it should take nothing
-            new.unlink(missing_ok=True)
-            raise
-        os.replace(new, self.path)
+        write_whole(self.path, "".join(line + "\n" for line in lines))
 
 
 class ConsoleWriter:

@@ -121,8 +121,8 @@ def run(run: Run) -> int:
         except Exception as error:  # any: the training before it must not look lost
             why = describe(error, "linear probes", workdir)
             log.error(
-                "error: the linear probes failed: %s; the trained state is saved: start the same command again to "
-                "repeat only them", why,
+                "error: the linear probes failed: %s; the trained state is saved: mend that and start the same command "
+                "again, which repeats only this", why,
             )  # fmt: skip
             return 1
         seconds = seconds | {"probe": time.perf_counter() - probing}

@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    from experiments.jobs import explain  # loads libraries that would set logging up their way
+    from common.workdir import hold  # both load libraries that would set logging up their way
+    from experiments.jobs import explain
 
     options = {"jepa": {"seeds": args.seeds, "epochs": args.epochs}}
 
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         log.info("\n=== %s", name)
         try:
             run = pkgutil.resolve_name(PARTS[name])
-            code = run(args.workdir / name, **options.get(name, {}))
+            with hold(args.workdir / name) as workdir:
+                code = run(workdir, **options.get(name, {}))
         except Exception as error:
             if (known := explain(error)) is None:
                 raise

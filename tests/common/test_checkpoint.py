@@ -306,7 +306,8 @@ def test_a_full_disk_is_one_line_that_names_the_last_good_step(
         saver.save(1, make_state(1), {}, wait=True)
         where(saver, monkeypatch)
     assert str(caught.value) == (
-        f"no space left on {tmp_path}: free some and start the same command again; the last good checkpoint is step 1"
+        f"no space left on {tmp_path.parent}: free some and start the same command again; "
+        "the last good checkpoint is step 1"
     )
     assert caplog.text == "", "no tracebacks from orbax's threads"
     monkeypatch.undo()

@@ -281,11 +281,17 @@ def failing_at(*steps, error=ValueError("k=20 must lie in 1..12\nand more")):
     return evaluate
 
 
-def test_an_evaluation_that_fails_is_told_in_a_line_and_training_goes_on(tmp_path, caplog):
-    want = run(tmp_path / "whole", 6, eval_every=2, save_every=2)
+def kinds(workdir):
+    """(step, what) of each row."""
+    return [(row["step"], "loss" if "loss" in row else "eval") for row in rows(workdir)]
+
+
+def test_an_evaluation_that_fails_is_told_in_a_line_and_training_goes_on(
+    tmp_path, caplog, uninterrupted
+):
     evals = {"eval": failing_at(2), "other": averaged}
     got = run(tmp_path, 6, evals=evals, eval_every=2, save_every=2)
-    assert_same_bits(got, want)
+    assert_same_bits(got, uninterrupted(6))
     assert [row for row in rows(tmp_path) if row["step"] == 2][-1].keys() == {
         "step", "eval_failed", "other/average",
     }  # fmt: skip
@@ -296,8 +302,10 @@ def test_an_evaluation_that_fails_is_told_in_a_line_and_training_goes_on(tmp_pat
     assert "raise error" in (tmp_path / "evaluation_errors.txt").read_text(), "the traceback"
 
 
-def test_a_final_evaluation_that_fails_loses_nothing_and_is_all_that_a_restart_does(tmp_path):
-    want = run(tmp_path / "whole", 5)
+def test_a_final_evaluation_that_fails_loses_nothing_and_is_all_that_a_restart_does(
+    tmp_path, uninterrupted
+):
+    want = uninterrupted(5)
     evals = {"eval": failing_at(5), "other": averaged}
     with pytest.raises(EvaluationFailed, match=r"'eval' at step 5 .*k=20 must.*same command") as e:
         run(tmp_path, 5, evals=evals, save_every=0)
@@ -310,35 +318,44 @@ def test_a_final_evaluation_that_fails_loses_nothing_and_is_all_that_a_restart_d
         run(tmp_path, 5, evals=evals, data=no_batch)
     mended = {"eval": failing_at(), "other": failing_at(5)}
     assert_same_bits(run(tmp_path, 5, evals=mended, data=no_batch), want)
-    assert rows(tmp_path)[-1] == rows(tmp_path / "whole")[-1]
-    for _ in range(2):
-        run(tmp_path, 5, evals=mended, data=no_batch)
+    assert rows(tmp_path)[-1].keys() == {"step", "eval/average"}
+    run(tmp_path, 5, evals=mended, data=no_batch)
     assert (mended["eval"].seen, mended["other"].seen) == ([5], []), "what is done is not repeated"
 
 
 @pytest.mark.parametrize(("every", "step"), [(0, 6), (3, 3)], ids=["at the end", "on the way"])
 def test_a_run_that_dies_in_an_evaluation_begins_with_it_again(tmp_path, every, step):
-    spec = {"log_every": 1, "eval_every": every, "save_every": every}
-    run(tmp_path / "whole", 6, **spec)
-    broken = tmp_path / "broken"
+    spec = {"log_every": 0, "eval_every": every, "save_every": every}
     with pytest.raises(KeyboardInterrupt):
-        run(broken, 6, evals={"eval": failing_at(step, error=KeyboardInterrupt())}, **spec)
-    assert int(saved(broken).step) == step, "saved before it is evaluated"
-    run(broken, 6, **spec)
-    assert rows(broken) == rows(tmp_path / "whole")
+        run(tmp_path, 6, evals={"eval": failing_at(step, error=KeyboardInterrupt())}, **spec)
+    assert int(saved(tmp_path).step) == step, "saved before it is evaluated"
+    run(tmp_path, 6, **spec)
+    on_the_way = [(step, "eval")] if every else []
+    assert kinds(tmp_path) == [*on_the_way, (6, "loss"), (6, "eval")]
 
 
 def test_a_signal_where_an_evaluation_is_due_saves_and_leaves_at_once(tmp_path):
     never = failing_at()
-    run(tmp_path / "whole", 6, eval_every=3)
     with pytest.raises(Preempted, match="step 3"):
         run(
             tmp_path, 6, data=lambda s: batches(s, before=signal_at(2)), evals={"eval": never},
             eval_every=3,
         )  # fmt: skip
     assert never.seen == []
-    run(tmp_path, 6, eval_every=3)
-    assert rows(tmp_path) == rows(tmp_path / "whole"), "and the next start evaluates it"
+    run(tmp_path, 5, eval_every=3, log_every=0)
+    assert kinds(tmp_path)[-3:] == [(3, "eval"), (5, "loss"), (5, "eval")], "the next start does"
+
+
+def test_a_signal_inside_the_final_evaluation_keeps_it_and_leaves(tmp_path):
+    def evaluate(state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from averaged(state)
+
+    with pytest.raises(Preempted, match="step 3"):
+        run(tmp_path, 3, evals={"eval": evaluate})
+    never = failing_at()
+    run(tmp_path, 3, evals={"eval": never})
+    assert never.seen == [] and "eval/average" in rows(tmp_path)[-1]
 
 
 def test_a_disk_that_is_full_when_a_row_is_written_costs_what_was_not_saved(tmp_path, monkeypatch):
@@ -348,13 +365,12 @@ def test_a_disk_that_is_full_when_a_row_is_written_costs_what_was_not_saved(tmp_
         whole(writer, step, scalars)
 
     every = {"log_every": 1, "save_every": 2}
-    run(tmp_path / "whole", 6, **every)
     whole = JsonlWriter.write
     with monkeypatch.context() as patch, pytest.raises(NoSpaceError, match="checkpoint is step 4"):
         patch.setattr(JsonlWriter, "write", write)
         run(tmp_path, 6, **every)
     run(tmp_path, 6, **every)
-    assert rows(tmp_path) == rows(tmp_path / "whole")
+    assert kinds(tmp_path) == [*((step, "loss") for step in range(1, 7)), (6, "eval")]
 
 
 def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common import lease
-from common.full_disk import NoSpaceError, is_full
+from common.full_disk import NoSpaceError, is_full, no_space
 from common.workdir import HELD, WorkdirError, hold
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +224,7 @@ def test_a_run_that_lost_its_workdir_while_it_slept_ends(tmp_path):
         run.kill()
         _, errors = run.communicate()
     assert errors == (
-        "error: this run slept, and process 1 on hostb holds it since 2026-01-01 00:00:00 UTC; ending here\n"
+        "error: this run has lost its folder: process 1 on hostb holds it since 2026-01-01 00:00:00 UTC; it ends here\n"
     )
     assert json.loads((tmp_path / HELD).read_bytes())["host"] == "hostb"
 
@@ -267,6 +267,21 @@ def test_a_full_disk_is_one_plain_line(tmp_path, error):
     assert str(refusal.value) == (
         f"no space left on {tmp_path}: free some and start the same command again"
     )
+
+
+def test_a_disk_that_is_full_elsewhere_is_named(tmp_path):
+    with pytest.raises(NoSpaceError, match="no space left on /elsewhere/x:"), hold(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/x")
+    with pytest.raises(NoSpaceError, match=f"no space left on {tmp_path}:"), hold(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{tmp_path}/x")
+
+
+def test_what_the_disk_was_full_for_is_not_hidden_by_what_failed_after_it(tmp_path):
+    with pytest.raises(NoSpaceError, match="checkpoint is step 4"), hold(tmp_path):
+        try:
+            raise no_space(FULL[0], tmp_path, "the last good checkpoint is step 4") from FULL[0]
+        finally:
+            raise OSError(errno.ENOSPC, "and no picture")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "disk"), MemoryError(), ValueError("x")])

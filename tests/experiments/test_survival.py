@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(environment, undis
     assert (tmp_path / "first.code").read_text() == "1\n"
     _, error = ran.stderr.splitlines()  # the first says what is trained
     assert error == (
-        f"error: no space left on {disk}/run/checkpoints: free some and start the same command again; "
+        f"error: no space left on {disk}/run: free some and start the same command again; "
         f"the last good checkpoint is step {2 * SAVE_EVERY}"
     )
     again = (tmp_path / "again.err").read_text()

@@ -82,6 +82,7 @@ def test_probes_that_fail_are_a_failure_that_the_same_command_mends(
         begun(workdir)
         return SimpleNamespace(extra={"target": {}}), {}
 
+    monkeypatch.setattr(jepa_pretrain, "curves", lambda rows, path: path.touch())
     monkeypatch.setattr(jepa_pretrain, "linear_probes", raising(ValueError("labels of -1")))
     code, _ = start(SMOKE, train=train)
     assert code == 1 and not (tmp_path / "run" / "result.json").exists()
