@@ -136,10 +136,11 @@ class ProcessesDiffer(ValueError):
     """The processes of one run do not agree; the message says on what, the same on every process."""
 
 
-def require_same(facts: Mapping[str, str], seconds: float = 600.0) -> None:
+def require_same(facts: Mapping[str, str], seconds: float = 3600.0) -> None:
     """Returns if `facts`, by name, are equal on every process. Call on all of them, in the same order.
 
     Through jax's coordination service, which touches no device: processes that differ may not have the same programs.
+    The time is long, as one may open its data more slowly; of a process that dies jax itself tells the others.
 
     Raises:
       ProcessesDiffer: on all processes. Some fact differs, or a process has called `report_failure` instead, or has not
