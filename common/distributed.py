@@ -161,10 +161,11 @@ class ProcessesDiffer(ValueError):
     """The processes of one run do not agree; the message says on what, the same on every process."""
 
 
-def require_same(facts: Mapping[str, str], seconds: float = 600.0) -> None:
+def require_same(facts: Mapping[str, str], seconds: float = 3600.0) -> None:
     """Returns if `facts`, by name, are equal on every process. Call on all of them, in the same order.
 
     Through jax's coordination service, which touches no device: processes that differ may not have the same programs.
+    The time is long, as one may open its data more slowly; of a process that dies jax itself tells the others.
 
     Raises:
       ProcessesDiffer: on all processes. Some fact differs, or a process has called `report_failure` instead, or has not
@@ -183,9 +184,8 @@ def report_failure(message: str) -> None:
 
 def _agree(told: dict[str, Any], seconds: float | None) -> None:
     """Process 0 reads what every process tells, and all read what it finds; for `seconds` None, not to wait for that."""
-    from jax._src.distributed import (
-        global_state,
-    )  # nothing public reaches the service's table of keys
+    # Nothing public reaches the service's table of keys.
+    from jax._src.distributed import global_state
 
     client, name = global_state.client, f"triptych/same/{next(_agreements)}"
     assert client is not None
@@ -234,15 +234,16 @@ def differences(facts: Sequence[Mapping[str, str]], most: int = 4) -> str:
         where: dict[str, list[str]] = {}
         for process, known in enumerate(facts):
             where.setdefault(known.get(name, "(absent)"), []).append(str(process))
-        shown.append(
-            f"{name} is "
-            + ", ".join(
-                f"{value} on process{'es' if len(on) > 1 else ''} {', '.join(on[:most])}{' ...' * (len(on) > most)}"
-                for value, on in itertools.islice(where.items(), most)
-            )
-        )
+        values = [_where(value, on, most) for value, on in itertools.islice(where.items(), most)]
+        shown.append(f"{name} is {', '.join(values)}")
     more = f"; and {len(names) - most} more" if len(names) > most else ""
     return f"the processes of this run differ: {'; '.join(shown)}{more}"
+
+
+def _where(value: str, processes: list[str], most: int) -> str:
+    value = value if len(value) <= 120 else f"{value[:120]}..."
+    some = ", ".join(processes[:most]) + (" ..." if len(processes) > most else "")
+    return f"{value} on process{'es' if len(processes) > 1 else ''} {some}"
 
 
 class PreemptionGuard:

@@ -93,7 +93,7 @@ def make_mesh(spec: MeshSpec, devices=None) -> Mesh:
 
 def _in_order(devices: list, sizes: tuple[int, int, int]) -> np.ndarray:
     """Devices node by node (jax numbers nodes with GPUs by `slice_index`), the last axis within a node if it fits."""
-    if devices[0].platform == "gpu":
+    if devices[0].platform != "cpu":
         devices = sorted(
             devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id)
         )

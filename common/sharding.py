@@ -147,7 +147,6 @@ def to_host(tree: Any) -> Any:
 
     Call on all processes at once: what one does not hold comes from the others.
     """
-
     if all(x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)):
         return jax.tree.map(np.asarray, tree)
     everywhere = jax.tree.map(lambda x: replicated(x.sharding.mesh), tree)

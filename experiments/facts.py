@@ -43,15 +43,12 @@ def data_facts(**fingerprints: Mapping[str, Any]) -> dict[str, str]:
 
 def source_digests(root: Path) -> dict[str, str]:
     """A short digest of every source file of our packages under `root`, but for configs, whose values are compared."""
-    files = sorted(path for package in OURS for path in (root / package).rglob("*.py"))
-    configs = root / "experiments" / "configs"
-    return {
-        f"the code {path.relative_to(root).as_posix()}": hashlib.sha256(
-            path.read_bytes()
-        ).hexdigest()[:12]
-        for path in files
-        if configs not in path.parents
-    }
+    digests, configs = {}, root / "experiments" / "configs"
+    for path in sorted(path for package in OURS for path in (root / package).rglob("*.py")):
+        if configs not in path.parents:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[f"the code {path.relative_to(root).as_posix()}"] = digest[:12]
+    return digests
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:

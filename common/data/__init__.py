@@ -1,9 +1,10 @@
 """Deterministic input pipelines: sources, batches, and the transfer to devices.
 
     source = open_source("cifar10")                       # random access to records
-    spec = LoaderSpec(batch=128, seed=0)
+    sharding = batch_sharding(mesh)
+    spec = LoaderSpec(batch=128, seed=0, held=rows_held(sharding, 128))  # what this process reads
     batches = train_batches(source, spec, transform=RandomResizedCrop(32), start_step=step)
-    for batch in prefetch_to_device(batches, batch_sharding(mesh)): ...
+    for batch in prefetch_to_device(batches, sharding, batch=128): ...
 
 A batch is a pure function of (source, seed, step). The step is therefore the only data state that a
 checkpoint needs, next to a `fingerprint` that guards against resuming with other data.

@@ -2,8 +2,8 @@
 
 Row g of the endless stream holds record `shuffled(g)`, a new permutation for every epoch. Step t of
 a run with global batch B is rows t*B .. (t+1)*B - 1, of which a process reads those that its devices
-hold (`common.sharding.rows_held`). Augmentation draws from a generator keyed by (seed, g). Nothing here depends
-on how many processes or workers there are, nor on where a run resumed.
+hold (`common.sharding.rows_held`). Augmentation draws from a generator keyed by (seed, g). Nothing
+here depends on how many processes or workers there are, nor on where a run resumed.
 
 grain schedules, and what flows through it is step numbers: a batch is shuffled, read, transformed
 and stacked in one call. A chain of grain's per-record stages gives the same guarantees, but costs

@@ -73,16 +73,49 @@ def test_the_committed_table_holds_the_released_recipes():
         assert (row["batch"], row["chips"]) == (2048, 256)
 
 
-@pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra")
-def test_compiles_for_a_pod_without_one():
-    config = "experiments/configs/jepa/in1k_vith14.py:smoke"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
+)
+
+
+def python(*arguments):
+    """What a process of its own prints: libtpu changes how jax starts, and knows no flags of tests/conftest.py."""
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.preflight", f"--config={config}", "--topology=v5e:2x4"],
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"XLA_FLAGS": ""},  # libtpu does not know the flags of tests/conftest.py
+        env=os.environ | {"XLA_FLAGS": ""},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "8 chips" in done.stdout and "FITS" in done.stdout and "all-gather" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.aot
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "says"),
+    [("v5e:2x4", ("8 chips", "all-gather")), ("v5e:1x1", ("1 chips",)), ("v4:2x2x1", ("4 chips", "32.00"))],
+)  # fmt: skip
+def test_compiles_for_chips_without_one(topology, says):
+    config = "experiments/configs/jepa/in1k_vith14.py:smoke"
+    printed = python("-m", "experiments.preflight", f"--config={config}", f"--topology={topology}")
+    assert all(words in printed for words in (*says, "FITS"))
+
+
+MESHES = """
+import sys
+from experiments.preflight import topology_chips  # which sets up jax
+from common.mesh import MeshSpec, make_mesh
+for topology, chips in {"v4:4x4x8": 128, "v5e:16x16": 256, "v5p:4x4x4": 64, "v6e:8x8": 64}.items():
+    kind, devices = topology_chips(topology)
+    assert (kind, len(devices)) == (topology.partition(":")[0], chips), (topology, len(devices))
+    for spec in (MeshSpec(), MeshSpec(2), MeshSpec(4), MeshSpec(8), MeshSpec(tensor=8), MeshSpec(4, -1, 2)):
+        assert make_mesh(spec, devices).size == chips
+"""
+
+
+@pytest.mark.aot
+@needs_libtpu
+def test_every_kind_of_pod_takes_the_released_meshes():
+    python("-c", MESHES)

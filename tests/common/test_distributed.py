@@ -11,7 +11,15 @@ import jax
 import pytest
 
 from common import distributed
-from common.distributed import PreemptionGuard, barrier, initialize, slurm_local_device_ids
+from common.distributed import (
+    PreemptionGuard,
+    barrier,
+    differences,
+    initialize,
+    report_failure,
+    require_same,
+    slurm_local_device_ids,
+)
 
 
 def slurm(task, tasks_per_node, node=0, **env):
@@ -85,6 +93,23 @@ def test_a_tpu_host_asks_its_pod_and_colab_has_none(monkeypatch):
         initialize()
 
 
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ([{"lr": "1", "seed": "0"}] * 3, ""),
+        ([{"lr": "1"}, {"lr": "1"}, {"lr": "2"}], "lr is 1 on processes 0, 1, 2 on process 2"),
+        ([{"lr": "1"}, {}], "lr is 1 on process 0, (absent) on process 1"),
+        ([{}, {"lr": "1"}], "lr is (absent) on process 0, 1 on process 1"),
+        ([{"a": "1", "b": "2"}, {"a": "2", "b": "1"}], "a is 1 on process 0, 2 on process 1; b is"),
+        ([dict.fromkeys("abcdef", str(p)) for p in (0, 1)], "d is 0 on process 0, 1 on process 1; and 2 more"),
+        ([{"a": "1"}] * 9 + [{"a": "2"}], "1 on processes 0, 1, 2, 3 ..., 2 on process 9"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_named_with_its_processes(facts, line):
+    found = differences(facts)
+    assert line in found and bool(found) == bool(line) and "\n" not in found
+
+
 def test_half_given_flags_are_an_error():
     with pytest.raises(ValueError, match="all or none"):
         initialize("localhost:1234", num_processes=2)
@@ -93,6 +118,8 @@ def test_half_given_flags_are_an_error():
 def test_a_laptop_is_one_process(capsys):
     initialize()
     barrier("alone")
+    require_same({"lr": "0.1"})
+    report_failure("alone")
     assert not jax.distributed.is_initialized()
     assert capsys.readouterr().out == ""
 

@@ -173,6 +173,24 @@ def test_the_residual_streams_gradient_is_summed_once():
     assert operands(6) == operands(3)
 
 
+def test_a_mesh_says_what_a_program_is_built_for():
+    """Compiled on a CPU for one chip of a TPU, a program is the TPU's."""
+
+    def built_for(kind):
+        device = jax.sharding.AbstractDevice(kind, None, kind)
+        return jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+
+    def program():
+        double = lambda x: cpu.in_groups(lambda x: 2 * x, x, cpu.CACHE_BYTES // 8)  # noqa: E731
+        return str(jax.make_jaxpr(double)(jnp.ones((64, 4))))
+
+    assert cpu.column_parts(192, 768) == 3 and "scan" in program()  # on this CPU, without a mesh
+    with jax.sharding.use_abstract_mesh(built_for("cpu")):
+        assert cpu.column_parts(192, 768) == 3 and "scan" in program()
+    with jax.sharding.use_abstract_mesh(built_for("tpu")):
+        assert cpu.column_parts(192, 768) == 1 and "scan" not in program()
+
+
 def test_a_fenced_gradient_is_the_gradient():
     x = jnp.arange(3.0)
     assert jax.grad(lambda x: (fenced_gradient(x) ** 2).sum())(x).tolist() == [0.0, 2.0, 4.0]

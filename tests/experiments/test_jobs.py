@@ -11,7 +11,8 @@ from common.config import ConfigError
 from common.results import read_rows
 from experiments import jepa_baselines
 from experiments.configs.jepa.cifar10 import get_config
-from experiments.jobs import JOBS, find
+from experiments.facts import run_facts, source_digests
+from experiments.jobs import JOBS, SEVERAL_PROCESSES, check_processes, find
 from experiments.run import Run
 
 
@@ -23,6 +24,34 @@ def test_every_job_is_a_function(name):
 def test_an_unknown_job_names_those_there_are():
     with pytest.raises(ConfigError, match=r"config\.job='jepa_pretrian' is unknown.*sinks_speed"):
         find("jepa_pretrian")
+
+
+def test_jobs_say_whether_several_processes_can_run_them():
+    assert set(JOBS) >= SEVERAL_PROCESSES
+    for name in JOBS:
+        check_processes(name, 1)
+        if name in SEVERAL_PROCESSES:
+            check_processes(name, 64)
+        else:
+            with pytest.raises(ConfigError, match=f"'{name}' runs as one process, but .* has 2"):
+                check_processes(name, 2)
+
+
+def test_what_decides_a_run_is_known_by_name(tmp_path, monkeypatch):
+    values = get_config("smoke").to_dict()
+    facts = run_facts(values)
+    assert facts["config.optim.lr"] == repr(values["optim"]["lr"])
+    assert {"config.train.seed", "jax's version", "python", "jax_enable_x64"} <= facts.keys()
+    assert "the code common/train_loop.py" in facts
+    assert not any("configs" in name for name in facts)  # their values are there
+
+    for folder in ("common", "experiments/configs"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text("x = 1")
+    before = source_digests(tmp_path)
+    assert list(before) == ["the code common/a.py"]
+    (tmp_path / "common" / "a.py").write_text("x = 2")
+    assert source_digests(tmp_path) != before
 
 
 def test_baselines_leave_a_row_each_and_are_not_done_again(tmp_path, monkeypatch):

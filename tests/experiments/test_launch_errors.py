@@ -8,6 +8,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
+from common import distributed
 from common.state import state_shardings
 from common.train_loop import Preempted
 from experiments import jepa_pretrain, jobs, launch
@@ -55,6 +56,15 @@ def refusal(start):
 def test_a_right_run_gets_through_to_training(start):
     with pytest.raises(Computed):
         start(SMOKE)
+
+
+def test_a_job_for_one_process_is_refused_by_several(refusal, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for what in ("require_same", "report_failure"):
+        monkeypatch.setattr(distributed, what, lambda facts: None)
+    monkeypatch.setattr(distributed, "initialize", lambda *given: None)
+    line = refusal("--config=experiments/configs/sinks/speed.py")
+    assert "config.job='sinks_speed' runs as one process, but this run has 2" in line
 
 
 @pytest.mark.parametrize(

@@ -78,14 +78,20 @@ def train_ijepa(sizes, workdir, devices=None):
 
 
 def pretrain_sinks(workdir):
-    """The metrics of a job with one variant."""
+    """The job with one variant, whose stream is not measured, but its parameters: each process does that by itself."""
+
+    def measure(recipe, params, settings, held_out):
+        assert all(isinstance(p, np.ndarray) for p in jax.tree.leaves(params))
+        total = float(sum(np.abs(p).sum() for p in jax.tree.leaves(params)))
+        return {name: total for name in settings.specs()}
+
+    sinks_pretrain.measure = measure
     values = get_config("smoke").to_dict()
     values["variants"] = ("vanilla",)
     values["train"] |= {"steps": 2, "save_every": 0}
-    values["evaluate"] |= {"sinks": (1,), "tokens": 40}
+    values["model"] |= {"depth": 1}
     values["mesh"] |= {"fsdp": 2, "tensor": 2}
     assert sinks_pretrain.run(values, workdir) == 0
-    return values
 
 
 def metrics(workdir):
