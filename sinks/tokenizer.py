@@ -95,8 +95,9 @@ class Tokenizer:
         `messages` are {"role": "system", "user" or "assistant", "content": ...}. Raises ValueError where the weights
         came without a template, or theirs refuses the conversation.
         """
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=list(messages),
                 add_generation_prompt=answer,
                 bos_token=self._token(self.bos_id),
