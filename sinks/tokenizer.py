@@ -126,7 +126,9 @@ class Tokenizer:
         )
         try:
             return environment.from_string(self.chat_template)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (
+            Exception
+        ) as error:  # of jinja2, or of Python where the text is too deep or too large for it
             raise ValueError(f"the chat template cannot be read: {error}") from error
 
     def _token(self, token: int | None) -> str:
