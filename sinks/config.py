@@ -23,6 +23,7 @@ _KINDS: dict[str, Kind] = {
     "rope_theta": number(0, 1e15, or_equal=True),
     "rope_fraction": number(0, 1),
     "clip_qkv": number(0, 1e6, or_equal=True),
+    "eos_ids": Kind("a tuple of token ids", lambda v: isinstance(v, tuple)),
 }
 
 

@@ -71,9 +71,7 @@ _LLAMA = {
     "rope.scale_linear": Field(number(0, 1e6, or_equal=True), default=None),
 }
 _DEEPEST = 4  # arrays within arrays; none are in use
-_LONGEST_NAME = (
-    256  # characters; llama.cpp's limits are 64 for a tensor and, in use, as much for a key
-)
+_LONGEST_NAME = 256  # characters; llama.cpp allows 64 for a tensor
 _LONGEST = 1 << 24  # values of an array: several times any vocabulary
 
 
@@ -98,7 +96,7 @@ def read(path: str | Path) -> GGUF:
     """Opens a GGUF file (version 2 or 3); values are read when they are asked for.
 
     Raises ValueError where the file is no GGUF, is cut off, has tensors in a format not among FORMATS, or says of its
-    tensors what cannot be: they must lie one after another and fill the file.
+    tensors what cannot be: they lie one after another and fill the file.
     """
     path = Path(path)
     try:
@@ -333,6 +331,8 @@ def _rope_scaling(file: GGUF, keys: Mapping[str, Any], head_dim: int) -> RopeSca
     factor = keys["rope.scaling.factor"] or keys["rope.scale_linear"] or 1.0
     kind = keys["rope.scaling.type"] or ("none" if factor == 1 else "linear")
     if kind != "none" and (kind, factor) != ("linear", 1):
+        if "rope_freqs.weight" in file.tensors:
+            raise ValueError(f"rope_freqs.weight and the rope scaling {kind!r} exclude each other")
         return RopeScaling(kind, factor)
     if "rope_freqs.weight" not in file.tensors:
         return None

@@ -102,8 +102,9 @@ class Tokenizer:
         `messages` are {"role": "system", "user" or "assistant", "content": ...}; `now` is what the template's clock shows,
         by default the time. Raises ValueError where the weights came without a template, or theirs refuses the conversation.
         """
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=list(messages),
                 add_generation_prompt=answer,
                 bos_token=self._token(self.bos_id),
@@ -136,7 +137,9 @@ class Tokenizer:
         )
         try:
             return environment.from_string(self.chat_template)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (
+            Exception
+        ) as error:  # of jinja2, or of Python where the text is too deep or too large for it
             raise ValueError(f"the chat template cannot be read: {error}") from error
 
     def _token(self, token: int | None) -> str:

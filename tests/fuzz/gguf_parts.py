@@ -142,7 +142,7 @@ def good(rng: np.random.Generator) -> File:
         rng.random() < 0.3
     ):  # Llama 3's table: one short wave, and one so long that it is slowed by all of the factor
         file.set("llama.rope.freq_base", F32, 1e9)
-        items.append(Item("rope_freqs.weight", [K // 2], 0, np.float32([1, 8]).tobytes()))
+        items.append(Item("rope_freqs.weight", [K // 2], 0, np.array([1, 8], np.float32).tobytes()))
     return file
 
 

@@ -297,7 +297,8 @@ def test_sizes_are_compared_with_the_file_before_memory_is_asked_for(
 
 @pytest.mark.parametrize("wrong", [
     {"width": "16"}, {"depth": True}, {"norm_eps": float("nan")}, {"norm_eps": 0}, {"rope_theta": float("inf")},
-    {"rope_theta": 0.5}, {"alibi": 1}, {"tie_embeddings": "yes"}, {"bos_id": 10**6}, {"eos_ids": (2, "3")}, {"heads": 2.0},
+    {"rope_theta": 0.5}, {"alibi": 1}, {"tie_embeddings": "yes"}, {"bos_id": 10**6}, {"eos_ids": (2, "3")}, {"eos_ids": 2},
+    {"heads": 2.0},
     {"clip_qkv": float("nan")}, {"rope_fraction": 0.01}, {"parallel_norms": 3},
 ])  # fmt: skip
 def test_a_config_of_our_own_is_checked_too(wrong):

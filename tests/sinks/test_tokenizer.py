@@ -138,9 +138,9 @@ def test_a_template_may_refuse_and_may_not_reach_out():
         chat("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="unsafe"):
         chat("{{ ''.__class__.__mro__ }}")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"^the chat template cannot be read"):
         chat("{% if %}")
-    with pytest.raises(ValueError, match="without a chat template"):
+    with pytest.raises(ValueError, match=r"^these weights come without a chat template"):
         chat("")
     assert chat("{{ bos_token }}{{ messages[0] | tojson }}") == (
         '<|im_start|>{"role": "user", "content": "a"}'
@@ -270,7 +270,7 @@ def test_ids_with_a_gap_count_up_to_the_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ 'a' * 10**14 }}", "{{ " + "(" * 3000 + " }}"]
+    "template", ["{{ 1 + 'a' }}", "{{ 1 / 0 }}", "{{ 'a' * 10**17 }}", "{{ " + "(" * 3000 + " }}"]
 )
 def test_a_template_that_fails_is_one_plain_error(template):
     metadata = byte_level_metadata() | {"tokenizer.chat_template": template}
