@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from common.sharding import BATCH_AXES, Rules, shardings
@@ -156,7 +157,7 @@ def check_unused(cache: Cache) -> None:
     """Raises ValueError for a cache whose arrays an earlier call has taken over."""
     leaves = [cache.length, cache.evicted, *cache.sinks.values()]
     if any(
-        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+        isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
         for leaf in leaves
     ):
         raise ValueError(

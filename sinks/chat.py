@@ -149,7 +149,7 @@ def _command(talk: Conversation, message: str) -> str:
     argument = argument.strip()
     if name in ("/save", "/load") and not argument:
         raise ValueError(f"{name} needs a folder: {name} FOLDER")
-    lost = f"; {talk.unsaved}" if talk.unsaved else ""
+    lost = f"; {talk.unsaved:,} tokens of the former one were not saved" if talk.unsaved else ""
     if name == "/save":
         talk.save(argument)
         return f"saved {talk.length:,} tokens' stream in {argument}"
@@ -212,13 +212,14 @@ def _watched(talk: Conversation, stopped: threading.Event) -> Callable[[], bool]
 
 def _offer_to_save(talk: Conversation, read: Callable[[str], str]) -> None:
     """Before leaving: asks where to keep a stream that is not saved, or, where nobody can answer, names it."""
-    if not sys.stdin.isatty():
-        if talk.unsaved:
-            say(talk.unsaved)
+    ask = "{:,} tokens of the stream are not saved"
+    if talk.unsaved and not sys.stdin.isatty():
+        say(ask.format(talk.unsaved))
         return
     while talk.unsaved:
         try:
-            folder = read(f"{talk.unsaved}. Save them in a folder (Enter: leave without)? ").strip()
+            question = f"{ask.format(talk.unsaved)}. Save it in a folder (Enter: leave without)? "
+            folder = read(question).strip()
             if not folder:
                 return
             talk.save(folder)

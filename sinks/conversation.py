@@ -4,10 +4,12 @@ The model's memory is the cache, of a size that stays. The conversation's text i
 look at all of it (sinks/templates.py).
 """
 
+import contextlib
+import logging
 import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +81,9 @@ class Conversation:
         return max(int(self.cache.evicted[0]), self.length - self.spec.capacity, 0)
 
     @property
-    def unsaved(self) -> str:
-        """A sentence on what `save` has not kept, "" where there is nothing."""
-        if not self.length or self.length == self.saved:
-            return ""
-        return f"{self.length - self.saved:,} tokens of the stream are not saved"
+    def unsaved(self) -> int:
+        """Tokens that `save` has not kept."""
+        return self.length - self.saved
 
     def answer(
         self, message: str, limit: int = 0, stop: Callable[[], bool] = lambda: False
@@ -177,21 +177,15 @@ class Conversation:
         """
         path, stamp = _path(folder), secrets.token_hex(8)
         try:
-            if path.exists() and not self._was_saved_in(path):
-                raise ValueError(f"{path} is there already: choose a new name")
-            part = path.with_name(f".{path.name}.{stamp}.part")
-            try:
-                with Checkpointer(part) as saver:
-                    saver.save(self.length, {"cache": self.cache}, self._state(stamp), wait=True)
-                _put_in_place(part, path)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-        except ValueError:
-            raise
+            fits = not path.exists() or self._was_saved_in(path)
+            if fits:
+                self._write(path, stamp)
         except Exception as error:  # orbax passes on whatever the storage raises
             raise ValueError(
                 f"{path} cannot be written ({_one_line(error)}): the stream goes on as it was, save it elsewhere"
             ) from error
+        if not fits:
+            raise ValueError(f"{path} is there already: choose a new name")
         self._stamps.add(stamp)
         self.saved = self.length
 
@@ -227,6 +221,15 @@ class Conversation:
     @property
     def _stacked(self) -> bool:
         return isinstance(self.model.params["blocks"], dict)
+
+    def _write(self, path: Path, stamp: str) -> None:
+        part = path.with_name(f".{path.name}.{stamp}.part")
+        try:
+            with _quiet_orbax(), Checkpointer(part) as saver:
+                saver.save(self.length, {"cache": self.cache}, self._state(stamp), wait=True)
+            _put_in_place(part, path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     def _was_saved_in(self, path: Path) -> bool:
         """Whether what the folder holds is an earlier state of this very stream."""
@@ -282,6 +285,17 @@ def _meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no folder that /save made") from None
     except (DamagedError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """What goes wrong is raised, and told in one line; orbax would print its traceback as well, three times."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _put_in_place(part: Path, path: Path) -> None:

@@ -12,7 +12,7 @@ Legend: B batch, T tokens of a chunk, L window, D width.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,10 @@ class Recompute:
     length: int
     sample: int = 0
     batch: int = 8
-    block: ClassVar[int] = 0
+
+    @property
+    def block(self) -> int:
+        return 0
 
     def init(self, config: ModelConfig) -> dict[str, jax.Array]:
         return {"history": jnp.zeros(self.length, jnp.int32), "seen": jnp.int32(0)}

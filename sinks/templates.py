@@ -58,6 +58,7 @@ class Dialog:
       until, digest: what the template rendered up to the last answer's beginning.
       held: what was read of a turn whose reading was stopped; draft: the part of the user's message in it.
       closing: tokens that the template ends an answer with, besides the tokenizer's `eos_ids`.
+      silent: the template does not open answers when it is asked to.
     """
 
     tokenizer: Tokenizer
@@ -68,6 +69,7 @@ class Dialog:
     held: str = ""
     draft: str = ""
     closing: tuple[int, ...] = ()
+    silent: bool = False
 
     def turn(self, message: str) -> Turn:
         """What `message` adds. Nothing has changed before `opened` or `stopped` say what was read of it.
@@ -131,6 +133,7 @@ class Dialog:
             "held": self.held,
             "draft": self.draft,
             "closing": self.closing,
+            "silent": self.silent,
         }
 
     @property
@@ -187,7 +190,7 @@ class Dialog:
 
     def _opening(self, messages: Sequence[Message], whole: str) -> str:
         """What opens the answer where the template ignores that it is asked to: what it renders before answers."""
-        if _template(self.tokenizer, messages, self.now, False) != whole:
+        if not self.silent:
             return ""
         mark = _mark(messages)
         answered = [*messages, {"role": "assistant", "content": mark}]
@@ -234,7 +237,7 @@ def begin(tokenizer: Tokenizer, system: str = "", now: datetime | None = None) -
     """
     now = now or datetime.now()
     try:
-        closing = _try_out(tokenizer, system, now)
+        return _try_out(tokenizer, system, now)
     except ValueError as error:
         if not system:
             raise
@@ -243,7 +246,6 @@ def begin(tokenizer: Tokenizer, system: str = "", now: datetime | None = None) -
         except ValueError:
             raise error from None
         raise ValueError(f"{error}. It can be had without the system message") from error
-    return Dialog(tokenizer, now, _system(system), closing=closing)
 
 
 def restore(tokenizer: Tokenizer, state: dict[str, Any]) -> Dialog:
@@ -255,16 +257,18 @@ def restore(tokenizer: Tokenizer, state: dict[str, Any]) -> Dialog:
     return Dialog(tokenizer, now, closing=closing, **state)
 
 
-def _try_out(tokenizer: Tokenizer, system: str, now: datetime) -> tuple[int, ...]:
-    """Three turns, of which nothing is fed. Returns the token with which the template closes an answer, if it is one."""
-    trial, closing = Dialog(tokenizer, now, _system(system)), ()
+def _try_out(tokenizer: Tokenizer, system: str, now: datetime) -> Dialog:
+    """Three turns, of which nothing is fed; and what they tell of the template, as the dialog that can now begin."""
+    first = [*_system(system), _user("Hello.")]
+    asked, unasked = (_template(tokenizer, first, now, answer) for answer in (True, False))
+    trial, closing = Dialog(tokenizer, now, _system(system), silent=asked == unasked), ()
     for question, answer in (("Hello.", "Yes."), ("Go on.", "No."), ("And then?", "So.")):
         turn = trial.turn(question)
-        if trial.messages[-1:] and trial.messages[-1]["role"] == "assistant":
+        if trial.until:
             closing = _first_special(tokenizer, turn.ids)
         trial.opened(turn)
         trial.answered(answer)
-    return closing
+    return Dialog(tokenizer, now, _system(system), closing=closing, silent=trial.silent)
 
 
 def _first_special(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[int, ...]:

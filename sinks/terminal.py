@@ -1,6 +1,7 @@
 """What the chat needs of a terminal: messages typed or pasted, Ctrl-C, and text that cannot command the terminal."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -22,14 +23,19 @@ def say(text: str, *, end: str = "\n", error: bool = False) -> None:
     print(visible(text), end=end, flush=True, file=sys.stderr if error else sys.stdout)
 
 
+def _obeys() -> bool:
+    """Whether the output is a terminal that knows escape sequences."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def dim(text: str) -> str:
     """A line of facts: faint in a terminal, plain in a file."""
-    return f"\x1b[2m{visible(text)}\x1b[0m" if sys.stdout.isatty() else visible(text)
+    return f"\x1b[2m{visible(text)}\x1b[0m" if _obeys() else visible(text)
 
 
 def erase(text: str = "") -> None:
     """Writes `text` over the terminal's last line; nothing where the output is no terminal."""
-    if sys.stdout.isatty():
+    if _obeys():
         print(f"\r\x1b[K{visible(text)}", end="", flush=True)
 
 
@@ -62,9 +68,9 @@ def _line_editor() -> Callable[[str], str]:
     def _(event) -> None:
         event.current_buffer.insert_text("\n")
 
-    session = PromptSession(
-        key_bindings=keys, output=create_output(always_prefer_tty=True), enable_suspend=True
-    )
+    # Where the answers go to a file, the prompt is written to the terminal all the same.
+    output = None if sys.stdout.isatty() else create_output(always_prefer_tty=True)
+    session = PromptSession(key_bindings=keys, output=output, enable_suspend=True)
 
     def read(prompt: str) -> str:
         # Halves of characters from a broken paste would fail in the tokenizer.

@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 
 import pytest
+from tokenizers import processors
 
 from sinks import templates
 from sinks import tokenizer as tk
@@ -11,6 +12,23 @@ from tests.sinks.checkpoints import byte_level_metadata
 from tests.sinks.test_tokenizer import PIECES
 
 BYTES = tk.from_gguf(byte_level_metadata())
+
+
+def like_llama_3():
+    """A full stop and the newlines behind it are one token, and places of tokens leave their blanks out."""
+    metadata = byte_level_metadata(pre="llama3")
+    for key, more in (
+        ("tokens", ["ĊĊ", ".ĊĊ"]),
+        ("merges", ["Ċ Ċ", ". ĊĊ"]),
+        ("token_type", [1, 1]),
+    ):
+        metadata[f"tokenizer.ggml.{key}"] = metadata[f"tokenizer.ggml.{key}"] + more
+    weights = tk.from_gguf(metadata)
+    weights.backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return weights
+
+
+LLAMA_3 = like_llama_3()
 NOW = datetime(2026, 2, 28, 23, 59)
 
 TRIMS = (  # content without its blanks, one BOS in front
@@ -99,7 +117,11 @@ def rendered(template, system="", answers=ANSWERS, tokenizer=BYTES):
 
 
 @pytest.mark.parametrize("system", ["", "Be brief. "])
-@pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["byte level", "sentencepiece"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [BYTES, LLAMA_3, PIECES],
+    ids=["byte level", "like llama 3", "sentencepiece"],
+)
 @pytest.mark.parametrize(
     "template",
     [TRIMS, FOLDS, NO_SYSTEM, NUMBERS, WANTS_ANSWERS],
@@ -116,7 +138,7 @@ def test_the_stream_reads_what_the_template_renders(template, tokenizer, system)
     assert [text for text, _ in got] == want
     for (_, ids), whole in zip(got, want):
         assert tokenizer.encode(whole)[-len(ids) :] == ids
-        assert whole.count("<|im_start|>" if tokenizer is BYTES else "<s>") == (
+        assert whole.count("<|im_start|>" if tokenizer is not PIECES else "<s>") == (
             0 if template in (NUMBERS, WANTS_ANSWERS) else whole.count("{Q}") or 1
         )
 
@@ -161,7 +183,7 @@ def test_weights_without_a_template_read_the_papers_form_after_one_bos():
         (TWICE, "", "shows an answer 2 times"),
         (SHOUTS, "", "shows an answer 0 times"),
         (LAST_ONLY, "", "shows an answer 0 times"),
-        ("{{ messages[0].content + 1 }}", "", "fails on this conversation: can only concatenate"),
+        ("{{ messages[0].content + 1 }}", "", r"fails on this conversation.*can only concatenate"),
         ("{% for tool in tools %}{% endfor %}", "", "'NoneType' object is not iterable"),
     ],
 )
@@ -201,7 +223,11 @@ def test_the_token_that_closes_answers_ends_them():
 @pytest.mark.parametrize(
     "template", [TRIMS, FOLDS, NEVER_OPENS], ids=["trims", "folds", "never opens"]
 )
-@pytest.mark.parametrize("tokenizer", [BYTES, PIECES], ids=["byte level", "sentencepiece"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [BYTES, LLAMA_3, PIECES],
+    ids=["byte level", "like llama 3", "sentencepiece"],
+)
 def test_a_message_whose_reading_was_stopped_goes_on_with_the_next(template, tokenizer):
     """Wherever it was stopped, the stream is that of a conversation: of the two messages as one, or of the second."""
     message = "the café 12 😀.\n\nthe end"
