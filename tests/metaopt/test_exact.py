@@ -68,7 +68,8 @@ def test_large_decay_is_differentiated_as_it_is_done(what):
     constants = {} if what == "learning_rate" else {"learning_rate": values.pop("learning_rate")}
     with float64():
         specs = learned(values)
-        runs = {m: judge(optax.adamw, m, specs, **constants) for m in ("closed", "tangent", "replay")[: 1 + 2 * (what == "learning_rate")]}  # fmt: skip
+        modes = ["closed", "tangent", "replay"] if what == "learning_rate" else ["closed"]
+        runs = {mode: judge(optax.adamw, mode, specs, **constants) for mode in modes}
         for product in (0.3, 0.5, 0.9, 1.0, 1.5, 3.0):
             raw = start(specs) | {"weight_decay": jnp.log(product / 0.5)}
             for mode, run in runs.items():
