@@ -12,7 +12,7 @@ from metaopt import guards as guarding
 from metaopt.guards import Guards
 from metaopt.pack import Packed, packed
 from metaopt.rule import Row, Rule, Values, make_rule, named, row
-from metaopt.signals import Method, Trace, choose, pack_sum, scaled
+from metaopt.signals import Method, Trace, choose, pack_sum, refuse_unkept, scaled
 
 
 class HyperState(NamedTuple):
@@ -155,7 +155,7 @@ def _of_its_own(state: Any, params: Any) -> Any:
     seen = {id(x) for x in jax.tree.leaves(params)}
 
     def own(x):
-        if id(x) in seen:
+        if id(x) in seen and not isinstance(x, jax.ShapeDtypeStruct):
             x = jnp.copy(x)
         seen.add(id(x))
         return x
@@ -171,6 +171,7 @@ def _update(
     state = state._replace(
         values={k: _like(v, r) for (k, v), r in zip(sorted(state.values.items()), state.raws)}
     )
+    refuse_unkept(method, rule, state.values, grads, state.base, params, extra)
     last = jnp.maximum(state.updates - 1, 0)
     cotangent = grads if hyper_cotangent is None else hyper_cotangent
     signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)

@@ -43,7 +43,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list:
         name, params = eqn.primitive.name, eqn.params
         if name in _SAFE:
             outputs = [_SAFE[name](*inputs)]
-        elif name in ("jit", "pjit", "closed_call", "core_call", "checkpoint"):
+        elif name in ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2"):
             inner = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
             if isinstance(inner, Jaxpr):
                 outputs = _evaluate(inner, (), inputs)

@@ -232,7 +232,6 @@ class Replay:
 
     def step(self, rule, raw, count, grads, base, params, extra):
         values = rule.values(raw, count)
-        refuse_unkept(rule, values, grads, base, params, extra, self.reads_value)
         updates, new = rule.apply(values, grads, base, params, extra)
         value = jnp.asarray(extra["value"], rule.dtype(grads)) if self.reads_value else ()
         return Step(
@@ -254,10 +253,12 @@ class Replay:
 
 
 def refuse_unkept(
-    rule: Rule, values: Values, grads: Any, base: Any, params: Any, extra: Any, keeps_value: bool
+    method: Method, rule: Rule, values: Values, grads: Any, base: Any, params: Any, extra: Any
 ) -> None:
     """Raises ValueError if the update reads an extra argument that `Replay` cannot keep until the next update."""
-    others = {k: v for k, v in extra.items() if not (k == "value" and keeps_value)}
+    if not isinstance(method, Replay):
+        return
+    others = {k: v for k, v in extra.items() if not (k == "value" and method.reads_value)}
     arrays = {k: v for k, v in others.items() if not callable(v)}
     read = set()
 
