@@ -4,6 +4,7 @@ import pytest
 
 from common.config import ConfigError
 from common.distributed import EXIT_PREEMPTED
+from common.results import append_row, make_row
 from experiments import (
     jepa_baselines,
     jepa_pretrain,
@@ -82,6 +83,16 @@ def test_a_seed_of_the_scenes_is_a_run_and_its_baselines_in_one_workdir(tmp_path
             values | {"train": values["train"] | {"epochs": 3.0}}, runs[0].workdir, has_flag=False
         ).check()
     assert "--resume" not in str(refusal.value), "make reproduce has no such flag"
+
+
+def test_a_seed_counts_once_and_no_other_seeds_are_shown(tmp_path):
+    for seed, value in ((0, 0.1), (0, 0.2), (1, 0.3), (2, 0.9)):
+        row = make_row(
+            job="jepa_pretrain", config="scenes", metrics={"x": value}, seeds=[seed], steps=1, wall_seconds=1.0
+        )  # fmt: skip
+        append_row(tmp_path / f"seed{seed}" / "results.jsonl", row)
+    found = jepa_scenes.latest_rows(tmp_path, 2)
+    assert [row.metrics["x"] for row in found] == [0.2, 0.3]
 
 
 @pytest.mark.parametrize("flag", ["--only=dinosaur", "--seeds=0"])
