@@ -139,7 +139,7 @@ def train(
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
       Preempted: after SIGTERM; the state is saved.
       EvaluationFailed: at the end, with the state saved; a restart repeats what failed, and no training.
-      ConfigError: the checkpoint was trained on other data.
+      ConfigError: the checkpoint was trained on other data, or for longer than `spec.steps`.
       ValueError: a batch has not `spec.batch` rows.
     """
     ledger = Ledger()
@@ -153,6 +153,10 @@ def train(
         start = int(state.step)
         _check_data(workdir, saved_meta, meta)
         ledger.seconds |= saved_meta.get("seconds", {})  # of the parts before this one
+        if start > spec.steps:
+            raise ConfigError(
+                f"{workdir} has trained {start} steps, more than train.steps={spec.steps}: raise it, or take another workdir"
+            )
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
     evals = evals or {}

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from common.data import open_source
 from common.datasets.scenes.builder import prepare
-from common.results import read_rows, summarize
+from common.results import ResultRow, read_rows, summarize
 from experiments import jepa_baselines, jepa_pretrain
 from experiments.configs.jepa.scenes import get_config
 from experiments.jepa_pictures import report_picture
@@ -39,7 +39,7 @@ def run(workdir: Path, *, seeds: int = 1, epochs: float = 0) -> int:
         code = run_seed(seed, epochs, workdir, data_dir)
         if code:
             return code
-    show(workdir, data_dir)
+    show(workdir, data_dir, seeds)
     return 0
 
 
@@ -66,9 +66,15 @@ def run_seed(seed: int, epochs: float, workdir: Path, data_dir: str) -> int:
     return 0
 
 
-def show(workdir: Path, data_dir: str) -> None:
-    """Prints and draws what the rows of all seeds say."""
-    rows = [row for path in sorted(workdir.glob("seed*/results.jsonl")) for row in read_rows(path)]
+def latest_rows(workdir: Path, seeds: int) -> list[ResultRow]:
+    """The last row of every job, for each of the first `seeds` seeds."""
+    paths = [workdir / f"seed{seed}" / "results.jsonl" for seed in range(seeds)]
+    return [row for path in paths for row in {row.job: row for row in read_rows(path)}.values()]
+
+
+def show(workdir: Path, data_dir: str, seeds: int) -> None:
+    """Prints and draws what the rows of the seeds say."""
+    rows = latest_rows(workdir, seeds)
     test = open_source("scenes", "test", data_dir)
     labels = [test[i] for i in range(len(test))]
     majority = {

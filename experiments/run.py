@@ -141,7 +141,7 @@ class Run:
         lines = [f"  {k}: saved {_show(a)}, now {_show(b)}" for k, (a, b) in self.changed.items()]
         remedy = "Take another --workdir, or restore the saved settings"
         if fixed:
-            remedy += f": what is finished was measured with {', '.join(fixed)} as saved, and that cannot change"
+            remedy += f": what is measured here belongs to one {', '.join(fixed)}, so that cannot change on purpose either"
         elif self.has_flag:
             remedy = "Take another --workdir, or go on with the new settings on purpose: --resume=changed"
         raise ConfigError(

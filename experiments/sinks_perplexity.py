@@ -21,7 +21,6 @@ from common.plots import curves
 from common.results import config_hash, markdown_table, read_rows
 from common.writers import make_writer
 from common.writers import read_rows as read_metrics
-from experiments.clock import Clock
 from experiments.run import Run, job
 from experiments.sinks_job import open_model, open_tokens
 from sinks import perplexity, stream
@@ -97,12 +96,21 @@ def run(run: Run) -> int:
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
         with run.part(folder.name) as clock:
-            finished = _run_one(settings, run, clock, name, policy, model, tokens, folder)
+            found = _run_one(settings, run, name, policy, model, tokens, folder)
         draw(workdir)
-        if not finished:
+        if found is None:
             log.warning("%s: stopped; start the same command again to continue", name)
             return EXIT_PREEMPTED
-    write_table(workdir)
+        metrics = _metrics(*found)
+        if isinstance(policy, Cached):
+            metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
+        row = run.row(
+            metrics, part={"setting": name}, seeds=[settings.seed], steps=found[0].count,
+            dtype=settings.dtype, wall_seconds=clock.seconds,
+        )  # fmt: skip
+        run.finish(row, folder)
+        log.info("%s: perplexity %.3f over %d tokens", name, found[0].perplexity, found[0].count)
+    write_table(run)
     return 0
 
 
@@ -119,14 +127,16 @@ def _is_done(run: Run, name: str, folder: Path) -> bool:
 def _run_one(
     settings: Settings,
     run: Run,
-    clock: Clock,
     name: str,
     policy: Policy,
     model: Model,
     tokens: np.ndarray,
     folder: Path,
-) -> bool:
-    """Streams the text under one policy. False: asked to stop, with the state saved."""
+) -> tuple[Tally, Tally, float] | None:
+    """Streams the text under one policy: of all tokens, of those from a full cache, and seconds.
+
+    None: asked to stop, with the state saved.
+    """
     meta = {"setting": name, "config": run.part_hash, "tokens": len(tokens)}
     former = config_hash({**run.values, "save_every": 0})  # as older versions had it
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,25 +179,21 @@ def _run_one(
                 saver.save(piece.next, piece.state, meta | progress | sums, wait=stop)
             if stop and piece.next < len(tokens) - 1:
                 writer.close()
-                return False
+                return None
         writer.close()
-    metrics = {
+    return tally, filled, seconds
+
+
+def _metrics(tally: Tally, filled: Tally, seconds: float) -> dict[str, float]:
+    """`filled`: of the tokens that were predicted from a full cache."""
+    return {
         "perplexity": tally.perplexity,
-        "perplexity_filled": filled.perplexity,  # of tokens predicted from a full cache
+        "perplexity_filled": filled.perplexity,
         "nats": tally.mean,
         "standard_error": tally.standard_error,
         "tokens": float(tally.count),
         "tokens_per_second": tally.count / seconds if seconds else 0.0,
     }
-    if isinstance(policy, Cached):
-        metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
-    log.info("%s: perplexity %.3f over %d tokens", name, tally.perplexity, tally.count)
-    row = run.row(
-        metrics, part={"setting": name}, seeds=[settings.seed], steps=tally.count,
-        dtype=settings.dtype, wall_seconds=clock.seconds,
-    )  # fmt: skip
-    run.finish(row, folder)
-    return True
 
 
 def _settings_of(workdir: Path) -> dict[str, Path]:
@@ -210,12 +216,13 @@ def draw(workdir: Path) -> None:
     curves(rows, workdir / "perplexity.png", groups)
 
 
-def write_table(workdir: Path) -> str:
-    """table.md from the result rows of every setting."""
+def write_table(run: Run) -> str:
+    """table.md from the result rows of every setting that was measured with this config."""
     rows = [
         row
-        for folder in _settings_of(workdir).values()
+        for name, folder in _settings_of(run.workdir).items()
         for row in read_rows(folder / "results.jsonl")
+        if run.owns(row, part=True, name=name)
     ]
     header = [
         "setting",
@@ -239,6 +246,6 @@ def write_table(workdir: Path) -> str:
         for row in rows
     ]
     table = markdown_table(header, cells)
-    (workdir / "table.md").write_text(table)
+    (run.workdir / "table.md").write_text(table)
     log.info("\n%s", table)
     return table

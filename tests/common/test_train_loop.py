@@ -13,7 +13,8 @@ import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from common.checkpoint import Checkpointer
+from common.checkpoint import Checkpointer, read_meta
+from common.config import ConfigError
 from common.evaluation import EvaluationFailed
 from common.full_disk import NoSpaceError
 from common.mesh import MeshSpec, make_mesh
@@ -193,6 +194,18 @@ EVERY = {
     "rarely": {"log_every": 4, "eval_every": 5, "save_every": 3},
     "never but last": {"log_every": 0, "eval_every": 0, "save_every": 0},
 }
+
+
+def test_the_seconds_of_every_part_are_summed_and_a_longer_run_is_none_of_fewer_steps(tmp_path):
+    run(tmp_path, 2)
+    before = read_meta(tmp_path / "checkpoints")["seconds"]
+    run(tmp_path, 4)
+    after = read_meta(tmp_path / "checkpoints")["seconds"]
+    assert before.keys() == after.keys() >= {"start", "input", "compile", "step"}
+    assert all(after[name] > seconds for name, seconds in before.items())
+    with pytest.raises(ConfigError, match=r"trained 4 steps, more than train\.steps=2"):
+        run(tmp_path, 2)
+    assert rows(tmp_path)[-1]["step"] == 4
 
 
 @pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pkgutil
 
 import jax
@@ -13,7 +14,7 @@ from common.config import ConfigError
 from common.results import read_rows
 from experiments import metaopt_digits, metaopt_job, metaopt_table1
 from experiments.jobs import JOBS
-from experiments.metaopt_grid import GridSpec, Method, run_grid
+from experiments.metaopt_grid import Cell, GridSpec, Method, run_grid
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_mlp import mlp_task
 from experiments.run import Run
@@ -114,6 +115,66 @@ def test_the_job_writes_rows_once(tmp_path, capsys):
         (m, rate) for m in values["methods"] for rate in values["grid"]["rates"]
     ]
     assert "auto(sgd)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def quick_grid(monkeypatch):
+    """Grids that end at once, with an error that tells the number of epochs; the methods that were trained."""
+    trained = []
+
+    def run_grid(task, method, spec, workdir):
+        trained.append(method.name)
+        return [
+            Cell(rate, seed, {"error": spec.epochs / 100}, 1.0, {"learning_rate": 0.1}, True)
+            for seed in spec.seeds
+            for rate in spec.rates
+        ]
+
+    for module in (metaopt_job, metaopt_table1):
+        monkeypatch.setattr(module, "run_grid", run_grid)
+    monkeypatch.setattr(metaopt_job, "draw", lambda workdir, *_: workdir)
+    return trained
+
+
+def test_rows_of_a_grid_are_not_those_of_another(tmp_path, quick_grid):
+    values = config("mnist_towers", "smoke")
+    other = {**values, "grid": {**values["grid"], "epochs": 7}}
+    run = lambda values, **how: metaopt_job.run(Run(values, tmp_path, **how))  # noqa: E731
+    assert run({**values, "methods": ("sgd",)}) == 0
+    with pytest.raises(ConfigError, match=r"config\.grid\.epochs: saved \d, now 7"):
+        run({**other, "methods": ("sgd",)}, resume="changed")
+    assert run({**values, "methods": ("sgd", "auto(sgd)")}, resume="changed") == 0
+    assert quick_grid == ["sgd", "auto(sgd)"]
+    rows = read_rows(tmp_path / "results.jsonl")
+    assert len(rows) == 2 * len(values["grid"]["rates"])
+    assert len({row.config_hash for row in rows}) == 1, "which methods there are is not in it"
+
+    # a workdir of an older version: its config.json was overwritten by the second run
+    (tmp_path / "config.json").write_text(json.dumps({**other, "methods": ("sgd",)}))
+    with pytest.raises(ConfigError, match="rows of sgd from another config"):
+        run({**other, "methods": ("sgd",)})
+
+
+def test_a_grid_killed_between_two_rows_does_not_write_the_first_again(tmp_path, quick_grid):
+    values = config("mnist_towers", "smoke") | {"methods": ("sgd",)}
+    path = tmp_path / "results.jsonl"
+    metaopt_job.run(Run(values, tmp_path))
+    rows = read_rows(path)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    metaopt_job.run(Run(values, tmp_path))
+    assert [row.overrides for row in read_rows(path)] == [row.overrides for row in rows]
+    assert len(rows) > 1 and read_rows(path)[0] == rows[0]
+
+
+def test_lines_of_table_1_are_not_those_of_another_config(tmp_path, quick_grid):
+    values = config("mnist_table1", "smoke")
+    assert metaopt_table1.run(Run(values, tmp_path)) == 0
+    done = list(quick_grid)
+    assert metaopt_table1.run(Run(values, tmp_path)) == 0 and quick_grid == done
+    other = {**values, "grid": {**values["grid"], "seeds": (5,)}}
+    for resume in ("same", "changed"):
+        with pytest.raises(ConfigError, match=r"config\.grid\.seeds: saved \[0.*\], now \[5\]"):
+            metaopt_table1.run(Run(other, tmp_path, resume=resume))
 
 
 @pytest.mark.slow

@@ -4,7 +4,16 @@ import pytest
 
 from common.config import ConfigError
 from common.distributed import EXIT_PREEMPTED
-from experiments import jepa_scenes, metaopt_digits, reproduce, sinks_quick
+from common.results import append_row, make_row
+from experiments import (
+    jepa_baselines,
+    jepa_pretrain,
+    jepa_scenes,
+    metaopt_digits,
+    reproduce,
+    sinks_quick,
+)
+from experiments.run import Run
 
 MODULES = {"metaopt": metaopt_digits, "sinks": sinks_quick, "jepa": jepa_scenes}
 
@@ -56,6 +65,34 @@ def test_preempted_stops_at_once(parts, tmp_path):
     behave("sinks", EXIT_PREEMPTED)
     assert reproduce.main([f"--workdir={tmp_path}"]) == EXIT_PREEMPTED
     assert ran == ["metaopt", "sinks"]
+
+
+def test_a_seed_of_the_scenes_is_a_run_and_its_baselines_in_one_workdir(tmp_path, monkeypatch):
+    runs = []
+    for module in (jepa_pretrain, jepa_baselines):
+        monkeypatch.setattr(module, "run", lambda run: runs.append(run) or run.begin(0) or 0)
+    assert jepa_scenes.run_seed(2, 0.5, tmp_path, "data") == 0
+    assert [run.job for run in runs] == ["jepa_pretrain", "jepa_baselines"]
+    assert {(run.config, run.arg) for run in runs} == {("scenes", "seed=2,epochs=0.5")}
+    values = runs[0].values
+    assert values["train"]["seed"] == 2 and values["data"]["data_dir"] == "data"
+    with pytest.raises(
+        ConfigError, match=r"config\.train\.epochs: saved 0\.5, now 3\.0"
+    ) as refusal:
+        Run(
+            values | {"train": values["train"] | {"epochs": 3.0}}, runs[0].workdir, has_flag=False
+        ).check()
+    assert "--resume" not in str(refusal.value), "make reproduce has no such flag"
+
+
+def test_a_seed_counts_once_and_no_other_seeds_are_shown(tmp_path):
+    for seed, value in ((0, 0.1), (0, 0.2), (1, 0.3), (2, 0.9)):
+        row = make_row(
+            job="jepa_pretrain", config="scenes", metrics={"x": value}, seeds=[seed], steps=1, wall_seconds=1.0
+        )  # fmt: skip
+        append_row(tmp_path / f"seed{seed}" / "results.jsonl", row)
+    found = jepa_scenes.latest_rows(tmp_path, 2)
+    assert [row.metrics["x"] for row in found] == [0.2, 0.3]
 
 
 @pytest.mark.parametrize("flag", ["--only=dinosaur", "--seeds=0"])

@@ -4,8 +4,10 @@ import copy
 import json
 import time
 
+import jax
 import pytest
 
+from common.checkpoint import Checkpointer
 from common.config import ConfigError
 from common.results import append_row, config_hash, make_row, read_rows
 from experiments import clock
@@ -227,7 +229,7 @@ def test_a_sweep_may_get_more_parts_but_no_other_settings(tmp_path):
     ):
         sweep(tmp_path, more)
     assert sweep(tmp_path, more, resume="changed") == 0
-    with pytest.raises(ConfigError, match="as saved, and that cannot change"):
+    with pytest.raises(ConfigError, match=r"belongs to one config\.epochs, so that cannot change"):
         sweep(tmp_path, {**more, "epochs": 4}, resume="changed")
 
 
@@ -249,6 +251,21 @@ def test_wall_seconds_are_of_all_parts(tmp_path):
     (tmp_path / "clock.json").write_text(json.dumps({"trained": 1000.0}))
     train(tmp_path)
     assert 1000 < rows(tmp_path)[0].wall_seconds < 1100
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run = Run(VALUES, tmp_path / "run")
+    run.begin()
+    run.finish(run.row({}, seeds=[0], steps=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_of_the_checkpoints_alone_still_knows_its_config(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints") as saver:
+        saver.save(3, {"x": jax.numpy.zeros(2)}, {"config": VALUES}, wait=True)
+    with pytest.raises(ConfigError, match=r"config\.optim\.lr: saved 0\.001, now 0\.05"):
+        train(tmp_path, config(optim__lr=0.05))
 
 
 def test_a_change_of_code_on_the_way_is_told(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_what_is_finished_is_not_reported_under_another_config(tmp_path, capsys)
         ConfigError, match=r"dtype: saved 'float32', now 'bfloat16'\n  config\.seed"
     ):
         sinks_perplexity.run(Run(other, tmp_path / "run"))
-    with pytest.raises(ConfigError, match="that cannot change"):
+    with pytest.raises(ConfigError, match="so that cannot change"):
         sinks_perplexity.run(Run(other, tmp_path / "run", resume="changed"))
     assert (tmp_path / "run" / "config.json").read_bytes() == record
     assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0

@@ -127,10 +127,17 @@ def test_sigkill_at_any_moment_leaves_no_trace(launch, undisturbed, tmp_path):
             child.kill()
             assert child.wait(TIMEOUT) == -signal.SIGKILL
         kills.append((delay, rows(workdir)[-1]["step"], saved_steps(workdir)))
+    spent = json.loads((workdir / "clock.json").read_text())["jepa_pretrain"]
     text = finish(launch, workdir)
     assert "damaged" not in text and "error" not in text.lower(), (kills, text)
     assert rows(workdir) == undisturbed[0], kills
     assert metrics(workdir) == undisturbed[1], kills
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["wall_seconds"] > spent > 0 and result["changes"] == []
+    assert {"compile", "input", "step", "save"} <= result["seconds"].keys()
+    before = (workdir / "results.jsonl").read_bytes()
+    assert "done before" in finish(launch, workdir)
+    assert (workdir / "results.jsonl").read_bytes() == before
     assert saved_steps(workdir)[-1] == STEPS
     left = [path.name for path in (workdir / "checkpoints").iterdir() if not path.name.isdigit()]
     assert left == [], "temporary directories of killed runs"
