@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from common.checkpoint import Checkpointer, CheckpointSpec
-from common.config import ConfigError
+from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
     fingerprint,
@@ -34,7 +34,7 @@ from common.train_loop import NonFiniteLoss, Preempted, train
 from common.writers import make_writer, read_rows
 from experiments.jepa_data import Sets, check_sets, open_sets
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
-from experiments.jepa_settings import Settings, resolve
+from experiments.jepa_settings import DataSettings, Settings, resolve
 from jepa.recipe import AddMasks
 
 log = logging.getLogger("triptych")
@@ -147,7 +147,7 @@ def begin(values: dict[str, Any], workdir: Path) -> tuple[Settings, Sets, Mesh]:
             f"--workdir={workdir}: rows and curves need a file system; mount the bucket, or use a shared folder"
         )
     try:
-        sets = open_sets(values["data"])
+        sets = open_sets(build(DataSettings, values["data"], "config.data."))
         settings = resolve(values, len(sets.train))
         check_sets(settings, sets)
         return settings, sets, make_mesh(settings.mesh)

@@ -116,8 +116,9 @@ def open_folder(
     identity: dict[str, Any] = {"name": "folder", "split": split, "crc32": zlib.crc32(listing)}
     if part:
         identity["held_out"] = held_out
-        log.info("%s: %s of %g of the images, as the folder has no test images of its own: %s",
-                 printable(str(root)), part, held_out, f"{len(files):,}")  # fmt: skip
+        what = "are held out" if part == "held out" else "are left, the others are held out"
+        log.info("%s has no split to test on: %s images %s (held_out=%g)",
+                 printable(str(top)), f"{len(files):,}", what, held_out)  # fmt: skip
     return FolderSource(str(root), tuple(files), labels, tuple(classes), identity, part, left_out)
 
 

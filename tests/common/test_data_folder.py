@@ -33,7 +33,7 @@ def test_a_share_is_held_out_where_there_is_nothing_to_test_on(flat, caplog):
     assert len(train) + len(test) == 200 and 20 < len(test) < 60
     assert not names(train) & names(test)
     assert set(test.labels) == set(train.labels) == {0, 1}
-    assert "held out of 0.2 of the images" in caplog.text or "0.2" in caplog.text
+    assert f"{len(test)} images are held out (held_out=0.2)" in caplog.text
     assert fingerprint(train, LoaderSpec(1, 0))["held_out"] == 0.2
     whole = open_source(f"folder:{flat}")
     assert names(whole) == names(train) | names(test)
