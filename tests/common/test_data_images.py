@@ -67,8 +67,6 @@ def test_a_colour_png_of_sixteen_bits():
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    import zlib
-
     line = b"\0" + np.array([0, 257 * 77, 65535], ">u2").tobytes()
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
     png += chunk(b"IDAT", zlib.compress(line)) + chunk(b"IEND", b"")
