@@ -14,6 +14,7 @@ SKIP_ADVICE = (
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _SCALED_TO_SIXTEEN = ("PNG", "PPM")  # formats whose mode "I" holds 0..65535, whatever was stored
 _ORIENTATION = 0x0112  # EXIF tag
+_BITS = 258  # TIFF tag, of bits a sample
 
 
 class ImageError(ValueError):
@@ -38,8 +39,9 @@ class UnreadableImage(ImageError):
 def decode_image(encoded: bytes, name: str) -> np.ndarray:
     """An encoded image as read-only uint8 [H, W, 3].
 
-    Turned upright as its EXIF entry says. Grey becomes RGB; 16 bits a channel become 8 by their range
-    (value / 257, rounded); what is transparent is laid on white; CMYK goes by PIL's plain formula.
+    Turned upright as its EXIF entry says. Grey becomes RGB; 16 bits a channel become 8 by their range,
+    0 to 65535 (in a TIFF of 12 bits to 4095), rounded; what is transparent is laid on white; CMYK goes
+    by PIL's plain formula.
 
     Args:
       name: what an error calls it.
@@ -79,8 +81,10 @@ def _to_rgb(image: Any) -> np.ndarray:
         ImageOps.exif_transpose(image, in_place=True)
     mode = image.mode
     if mode in _SIXTEEN_BITS or (mode == "I" and image.format in _SCALED_TO_SIXTEEN):
+        twelve = getattr(image, "tag_v2", {}).get(_BITS) == (12,)  # PIL reads these as they are
+        top = 4095 if twelve else 65535
         gray = np.asarray(image).astype(np.uint32)
-        gray = ((gray + 128) // 257).astype(np.uint8)  # 257 = 65535 / 255
+        gray = ((gray * 255 + top // 2) // top).astype(np.uint8)
         return np.repeat(gray[..., None], 3, axis=-1)
     if mode[0] in "IF":
         kind = "floating-point" if mode[0] == "F" else "32-bit integer"

@@ -1,12 +1,11 @@
 """The images of an I-JEPA job: what it trains on, what its probes learn from, and what they are tested on."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.config import ConfigError
 from common.data import Source, open_source, overlapping
-from experiments.jepa_settings import Settings
+from experiments.jepa_settings import DataSettings, Settings
 
 _OF_MEMORY = 0.7  # that the features of the probes may take, at most
 _GiB = 2**30
@@ -20,21 +19,16 @@ class Sets(NamedTuple):
     test: Source
 
 
-def open_sets(data: Mapping[str, Any]) -> Sets:
+def open_sets(data: DataSettings) -> Sets:
     """Opens the splits that `config.data` names. Raises ValueError or FileNotFoundError, with the remedy."""
 
     def opened(split: str) -> Source:
-        return open_source(
-            data["name"],
-            split,
-            data["data_dir"] or None,
-            skip_bad=data["skip_bad"],
-            held_out=data["held_out"],
-        )
+        options = {"skip_bad": data.skip_bad, "held_out": data.held_out}
+        return open_source(data.name, split, data.data_dir or None, **options)
 
-    train, test = opened(data["split"]), opened(data["test_split"])
-    apart = data["probe_split"] not in ("", data["split"])
-    return Sets(train, opened(data["probe_split"]) if apart else train, test)
+    train, test = opened(data.split), opened(data.test_split)
+    apart = data.probe_split not in ("", data.split)
+    return Sets(train, opened(data.probe_split) if apart else train, test)
 
 
 def check_sets(settings: Settings, sets: Sets) -> None:

@@ -112,7 +112,8 @@ def online_monitor(settings: Settings, mesh: Mesh, source: Source, test_source: 
             yield f"knn_{name}", knn(*args, k=probe.neighbors)
         yield from monitors.report(encode(images)[0], settings.recipe.model.grid).items()
         yield "rankme", float(monitors.rankme(test.last))  # over more images than features
-        yield from _left_out(source, test_source).items()
+        if skipped_images := _skipped(source, test_source):
+            yield "skipped_images", float(skipped_images)
 
     return evaluate
 
@@ -157,14 +158,19 @@ def _probable(train: Features, test: Features, least: int, told: set[str]) -> tu
 
 
 def _left_out(source: Source, test_source: Source) -> dict[str, float]:
-    """What evaluations say of the images that they do not see: how many were skipped, and the share held out."""
+    """What a row says of its images: how many were skipped, and the share held out; no entry where there is none."""
     found = {}
-    sources = [source] if test_source is source else [source, test_source]
-    if count := sum(_everywhere(*skipped(s)) for s in sources):
+    if count := _skipped(source, test_source):
         found["skipped_images"] = float(count)
     if share := getattr(test_source, "identity", {}).get("held_out"):
         found["held_out"] = float(share)
     return found
+
+
+def _skipped(source: Source, test_source: Source) -> int:
+    """How many images were skipped since this run was started, by any process, when folders were opened or later."""
+    sources = [source] if test_source is source else [source, test_source]
+    return sum(_everywhere(*skipped(s)) for s in sources)
 
 
 def _everywhere(left_out: int, met: list[int]) -> int:

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from common.checkpoint import Checkpointer, CheckpointSpec
-from common.config import ConfigError
+from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
     fingerprint,
@@ -36,7 +36,7 @@ from common.writers import make_writer, read_rows
 from experiments.facts import data_facts
 from experiments.jepa_data import Sets, check_sets, open_sets
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
-from experiments.jepa_settings import Settings, resolve
+from experiments.jepa_settings import DataSettings, Settings, resolve
 from experiments.run import Run, job
 from jepa.recipe import AddMasks
 
@@ -144,7 +144,7 @@ def begin(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
       ConfigError: for whatever is wrong with them.
     """
     try:
-        sets = open_sets(values["data"])
+        sets = open_sets(build(DataSettings, values["data"], "config.data."))
         settings = resolve(values, len(sets.train))
         check_sets(settings, sets)
         return settings, sets, make_mesh(settings.mesh)

@@ -124,7 +124,8 @@ def probable_labels(
     """
     found, others = [], {}
     for name in train.labels:
-        known, asked = (x.labels[name][x.labels[name] >= 0] for x in (train, test))
+        known, asked = (x.labels.get(name, np.zeros(0, np.int32)) for x in (train, test))
+        known, asked = known[known >= 0], asked[asked >= 0]
         if not len(known) or not len(asked):
             others[name] = f"no {'test' if len(known) else 'training'} image has a label"
         elif len(known) < least:

@@ -4,7 +4,6 @@ import argparse
 import collections
 import importlib
 import io
-import logging
 import sys
 
 import numpy as np
@@ -43,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
         "--skip_bad", action="store_true", help="go on without files that are no images"
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         if args.command == "prepare":
             prepare(args.name, args.data_dir)

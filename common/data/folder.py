@@ -14,11 +14,12 @@ headers are read when the folder is opened. An image that is damaged behind its 
 
 import hashlib
 import logging
+import math
 import os
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ def open_folder(
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out={held_out}: a share of the images, at least 0 and below 1")
     root, part = _find_split(top, split, held_out)
+    if root != top and (others := _beside_splits(top)):
+        log.warning("%s: only the split folders are read, not %s", printable(str(top)), others)
     files, classes = _files(root), _classes(root)
     if classes and (top / "train").is_dir() and root != top / "train":
         known = _classes(top / "train")
@@ -107,7 +110,9 @@ def open_folder(
         classes = known
     files, left_out = _usable(root, files, bool(classes), skip_bad)
     if part:
-        files = _share(files, part, held_out)
+        mine = _part(files, part, held_out)
+        files, left_out = filter(mine, files), filter(mine, left_out)
+    files, left_out = list(files), list(left_out)
     if not files:
         raise ValueError(f"{printable(str(root))} has no images" + (f" {part}" if part else ""))
     of_class = {name: k for k, name in enumerate(classes)}
@@ -116,9 +121,12 @@ def open_folder(
     identity: dict[str, Any] = {"name": "folder", "split": split, "crc32": zlib.crc32(listing)}
     if part:
         identity["held_out"] = held_out
-        log.info("%s: %s of %g of the images, as the folder has no test images of its own: %s",
-                 printable(str(root)), part, held_out, f"{len(files):,}")  # fmt: skip
-    return FolderSource(str(root), tuple(files), labels, tuple(classes), identity, part, left_out)
+        what = "are held out" if part == "held out" else "are left, the others are held out"
+        log.info("%s has no split to test on: %s images %s (held_out=%g)",
+                 printable(str(top)), f"{len(files):,}", what, held_out)  # fmt: skip
+    return FolderSource(
+        str(root), tuple(files), labels, tuple(classes), identity, part, len(left_out)
+    )
 
 
 def folder_splits(path: str) -> list[str]:
@@ -150,18 +158,23 @@ def _find_split(top: Path, split: str, held_out: float) -> tuple[Path, str]:
     raise ValueError(f"{printable(str(top))} has {has}; got split {split!r}{advice}")
 
 
-def _share(files: Sequence[str], part: str, held_out: float) -> list[str]:
-    """The files of a part; at least one is held out, so that few files are enough to try."""
-    rank = {
-        f: int.from_bytes(
-            hashlib.blake2b(
-                f.replace(os.sep, "/").encode("utf-8", "surrogateescape"), digest_size=8
-            ).digest()
-        )
-        for f in files
-    }
-    limit = max(int(held_out * 2**64), min(rank.values(), default=0) + 1)
-    return [f for f in files if (rank[f] < limit) == (part == "held out")]
+def _beside_splits(top: Path) -> str:
+    """The folders beside train/ and its like: classes of an unsplit folder, where one of them is named so."""
+    others = [e.name for e in os.scandir(top) if e.is_dir() and e.name not in SPLITS]
+    return ", ".join(printable(name) for name in sorted(others)[:_NAMED] if name[0] != ".")
+
+
+def _part(files: Sequence[str], part: str, held_out: float) -> Callable[[str], bool]:
+    """Whether a path is of a part; one of `files` at least is held out, so that few are enough to try."""
+    least = min(map(_rank, files), default=0.0)
+    limit = max(held_out, math.nextafter(least, 1))
+    return lambda file: (_rank(file) < limit) == (part == "held out")
+
+
+def _rank(file: str) -> float:
+    """In [0, 1), by the path alone."""
+    name = file.replace(os.sep, "/").encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=6).digest()) / 2**48
 
 
 def _classes(root: Path) -> list[str]:
@@ -181,8 +194,8 @@ def _has_file(folder: Path) -> bool:
 
 def _usable(
     root: Path, files: Sequence[str], with_classes: bool, skip_bad: bool
-) -> tuple[list[str], int]:
-    """The files that are images by their headers, and how many others are left out.
+) -> tuple[list[str], list[str]]:
+    """The files that are images by their headers, and the others, which are left out.
 
     Raises ValueError if there are others, unless `skip_bad`.
     """
@@ -198,7 +211,7 @@ def _usable(
             advice = SKIP_ADVICE.replace("without it", "without them")
             raise ValueError(f"{message}{named}{more}\nRemove them, or {advice}.")
         warnings.warn(f"skipped: {message}{named}{more}", stacklevel=3)
-    return [f for f in files if f not in problems], len(problems)
+    return [f for f in files if f not in problems], list(problems)
 
 
 def _files(root: Path) -> list[str]:

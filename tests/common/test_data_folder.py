@@ -33,7 +33,7 @@ def test_a_share_is_held_out_where_there_is_nothing_to_test_on(flat, caplog):
     assert len(train) + len(test) == 200 and 20 < len(test) < 60
     assert not names(train) & names(test)
     assert set(test.labels) == set(train.labels) == {0, 1}
-    assert "held out of 0.2 of the images" in caplog.text or "0.2" in caplog.text
+    assert f"{len(test)} images are held out (held_out=0.2)" in caplog.text
     assert fingerprint(train, LoaderSpec(1, 0))["held_out"] == 0.2
     whole = open_source(f"folder:{flat}")
     assert names(whole) == names(train) | names(test)
@@ -141,3 +141,20 @@ def test_a_link_to_another_class_does_not_take_its_images(tmp_path):
     source = open_source(f"folder:{tmp_path}")
     assert source.paths == (os.path.join("a", "2.png"), os.path.join("b", "1.png"))
     assert np.array_equal(source.labels, [0, 1])
+
+
+def test_folders_beside_the_splits_are_named(tmp_path, caplog):
+    """An unsplit folder may have a class of that name: then its other classes would be missing unsaid."""
+    for name in ("train", "car", "ship"):
+        save(tmp_path / name / "1.png")
+    assert len(open_source(f"folder:{tmp_path}")) == 1
+    assert "only the split folders are read, not car, ship" in caplog.text
+
+
+def test_a_file_that_is_left_out_is_counted_in_one_part(flat):
+    (flat / "0" / "notes.txt").write_text("")
+    with pytest.warns(UserWarning, match="1 of 201 files"):
+        parts = [
+            open_source(f"folder:{flat}", s, held_out=0.2, skip_bad=True) for s in ("train", "test")
+        ]
+    assert sum(part.left_out for part in parts) == 1

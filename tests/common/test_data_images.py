@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -37,17 +38,27 @@ def test_sixteen_bits_are_rounded():
     assert decoded(Image.fromarray(values))[0, :, 0].tolist() == [0, 0, 1, 1, 2, 255]
 
 
-def test_a_big_endian_tiff_of_sixteen_bits():
-    pixels = RAMP.astype(">u2").tobytes()
+def tiff(pixels, width, height, bits, order):
+    """A TIFF of grey pixels in one strip; `order` is "<" or ">"."""
     entries = [
-        (256, 4, 9), (257, 4, 2), (258, 3, 16 << 16), (259, 3, 1 << 16), (262, 3, 1 << 16),
-        (273, 4, 8), (278, 4, 2), (279, 4, len(pixels)),
+        (256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (278, height), (279, len(pixels)),
     ]  # fmt: skip
-    directory = struct.pack(">H", len(entries))
-    directory += b"".join(struct.pack(">HHII", tag, kind, 1, v) for tag, kind, v in entries)
-    tiff = struct.pack(">2sHI", b"MM", 42, 8 + len(pixels)) + pixels + directory + bytes(4)
-    array = decode_image(tiff, "x")
+    directory = struct.pack(order + "H", len(entries))
+    for tag, value in entries:
+        directory += struct.pack(order + "HHIHH", tag, 3, 1, value, 0)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(pixels))
+    return head + pixels + directory + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_tiff_of_sixteen_bits_in_either_order(order):
+    array = decode_image(tiff(RAMP.astype(order + "u2").tobytes(), 9, 2, 16, order), "x")
     np.testing.assert_array_equal(array[..., 1].ravel(), np.arange(18) * 15)
+
+
+def test_twelve_bits_are_scaled_by_theirs():
+    pixels = bytes([0xFF, 0xF0, 0x00, 0x80, 0x80, 0x00])  # 4095, 0, 2056, 0
+    assert decode_image(tiff(pixels, 4, 1, 12, "<"), "x")[0, :, 0].tolist() == [255, 0, 128, 0]
 
 
 def test_a_colour_png_of_sixteen_bits():
@@ -55,8 +66,6 @@ def test_a_colour_png_of_sixteen_bits():
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
-
-    import zlib
 
     line = b"\0" + np.array([0, 257 * 77, 65535], ">u2").tobytes()
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))

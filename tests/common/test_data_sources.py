@@ -17,6 +17,7 @@ from common.data import (
     array_source,
     eval_batches,
     open_source,
+    overlapping,
     train_batches,
 )
 from common.data import folder as folder_module
@@ -283,3 +284,37 @@ def test_scenes_keep_their_three_labels(tmp_path, capsys):
     assert batch["image"].shape[-1] == 3 and batch["count"].dtype == np.int32
     assert main(["info", name, f"--data_dir={tmp_path}"]) == 0
     assert "train 12, test 4" in capsys.readouterr().out
+
+
+def test_sets_that_share_records_are_known_by_their_names():
+    digits, test = open_source("digits"), open_source("digits", "test")
+    assert overlapping(digits, open_source("digits", skip_bad=True))
+    assert not overlapping(digits, test)
+    assert not overlapping(digits, array_source(image=np.zeros((3, 1))))
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        ("train", "test", False),
+        ("train", "train", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train[:90%]", "train[-7000:]", True),
+        ("test[:10]", "train[:10]", False),
+    ],
+)
+def test_slices_that_overlap_are_known(one, other, shared):
+    assert overlapping(open_source("mnist", one), open_source("mnist", other)) == shared
+    assert not overlapping(open_source("mnist", one), open_source("cifar10", one))
+
+
+def test_class_labels_are_labels_and_numbers_are_not():
+    """Where a set says which of its integers are classes; and where it does not, by their names."""
+    from tensorflow_datasets.core import features as f
+
+    image, number = f.Image(shape=(2, 2, 3)), f.Scalar(np.int64)
+    told = {"image": image, "label": f.ClassLabel(num_classes=3), "seen": number, "id": number}
+    assert sources_module._labels(told) == ("label",)
+    untold = {"image": image, "count": number, "image_id": number, "index": number}
+    assert sources_module._labels(untold) == ("count",)

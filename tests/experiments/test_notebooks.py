@@ -56,7 +56,7 @@ def test_notebook_runs(name, tiny_model):
     matplotlib.pyplot.close("all")
     if name == "jepa":
         assert len(space["losses"]) == 2 and np.isfinite(space["losses"]).all()
-        assert set(space["accuracy"]) == {"I-JEPA", "untrained"}
+        assert set(space["accuracy"]) == {"I-JEPA", "untrained", "raw pixels"}
     if name == "metaopt":
         assert space["values"].keys() >= {"learning_rate", "weight_decay", "b1"}
     if name == "sinks":

@@ -108,9 +108,12 @@ def test_label_sets_that_cannot_be_probed_have_a_reason():
         return Features(np.zeros((n, 1)), np.zeros((n, 1)), labels)
 
     n = np.arange(2000, dtype=np.int32)
-    train = features(a=n % 3, few=np.where(n < 5, n, -1), number=n, large=n % 2 * 10**6, one=n % 2)
+    train = features(
+        a=n % 3, few=np.where(n < 5, n, -1), number=n, large=n % 2 * 10**6, one=n % 2, two=n % 3
+    )
     test = features(a=n % 3, few=n % 3, number=n, large=n % 2, one=n * 0 - 1)
     names, others = probe.probable_labels(train, test, least=20)
-    assert names == ("a",) and others.keys() == {"few", "number", "large", "one"}
+    assert names == ("a",) and others.keys() == {"few", "number", "large", "one", "two"}
     assert "only 5 training images" in others["few"] and "of 20 or more" in others["few"]
-    assert "number the images" in others["number"] and "no test image" in others["one"]
+    assert "number the images" in others["number"]
+    assert "no test image" in others["one"] and "no test image" in others["two"]
