@@ -142,7 +142,7 @@ def train(
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
 
-    step_fn = jax.jit(
+    step_fn: Any = jax.jit(
         make_train_step(recipe, spec.accumulate),
         in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(sharding, replicated(mesh)),
@@ -216,9 +216,11 @@ def train(
             batch = next(data)
             ledger.charge("input")
             if step == start:
+                log.info("compiling the step (about a minute the first time) ...")
                 step_fn = step_fn.lower(state, batch, jnp.int32(step)).compile()
                 set_fragments_aside()
                 ledger.charge("compile")
+                log.info("compiled in %.1f s", ledger.seconds["compile"])
             with annotate(step):
                 state, metrics = step_fn(state, batch, jnp.int32(step))
             flush()
