@@ -142,7 +142,7 @@ def train(
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
 
-    step_fn: Any = jax.jit(
+    step_fn = jax.jit(
         make_train_step(recipe, spec.accumulate),
         in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(sharding, replicated(mesh)),

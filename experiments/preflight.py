@@ -116,7 +116,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
     expected = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled: Any = (
+        compiled = (
             jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
             .lower(state, batch, expected)
             .compile()
