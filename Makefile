@@ -1,11 +1,15 @@
 # `make reproduce` runs the main job on the embedded defaults; `make test` passes the tests. Each makes .venv on first use.
-PYTHON ?= python3.11
+# The first Python here that is new enough; make PYTHON=/path/to/python takes another.
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do $$p $(NEW_ENOUGH) && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# libtpu has an environment of its own: where it is installed, every run on a CPU begins with its errors.
+TPU := .venv-tpu
 INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 
-.PHONY: help reproduce test test-fast test-peers test-fuzz check lint format types boundaries bench notebooks tables preflight clean
+.PHONY: help reproduce test test-fast test-peers test-aot test-fuzz check lint format types boundaries bench notebooks tables preflight clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,8 +26,8 @@ test-fast: $(VENV)/dev  ## the tests that take seconds
 test-peers: $(VENV)/peers  ## parity with live peers (torch, transformers)
 	$(BIN)/python -m pytest -n 2 -m peers
 
-test-aot: $(VENV)/tpu  ## compile the released recipes for a TPU pod, without hardware
-	$(BIN)/python -m pytest -m aot
+test-aot: $(TPU)/ready  ## compile the released recipes for a TPU pod, without hardware
+	$(TPU)/bin/python -m pytest -m aot
 
 test-fuzz: $(VENV)/dev  ## damaged weight files by the hundred (FUZZ_SEEDS=5,6 for other ones)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m fuzz
@@ -56,11 +60,16 @@ notebooks: $(VENV)/notebooks  ## run the notebooks: one page a paper in runs/not
 tables: $(VENV)/base  ## write experiments/TABLES.md from the committed rows
 	$(BIN)/python -m experiments.tables
 
-preflight: $(VENV)/tpu  ## compile the released recipes for v5e:16x16 that the committed table lacks
-	$(BIN)/python -m experiments.preflight --all --missing --topology=v5e:16x16
+preflight: $(TPU)/ready  ## compile the released recipes for v5e:16x16 that the committed table lacks
+	$(TPU)/bin/python -m experiments.preflight --all --missing --topology=v5e:16x16
+
+define venv
+	@"$(PYTHON)" $(NEW_ENOUGH) || { echo "error: no Python 3.11 or newer: '$(PYTHON)' is none. Install one (its venv module too), or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(1)
+endef
 
 $(VENV)/bin/pip:
-	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(call venv,$(VENV))
 
 $(VENV)/base: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "installing (about a minute on first use)"
@@ -79,9 +88,13 @@ $(VENV)/notebooks: $(VENV)/base
 	$(INSTALL) ".[notebooks]"
 	@touch $@
 
-$(VENV)/tpu: $(VENV)/dev
-	$(INSTALL) ".[tpu]"
+$(TPU)/bin/pip:
+	$(call venv,$(TPU))
+
+$(TPU)/ready: pyproject.toml constraints.txt | $(TPU)/bin/pip
+	@echo "installing into $(TPU) (about a minute on first use)"
+	$(TPU)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,tpu]"
 	@touch $@
 
-clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(TPU) .pytest_cache .ruff_cache *.egg-info

@@ -244,9 +244,11 @@ def train(
             _check_rows(batch, spec.batch)
             ledger.charge("input")
             if step == start:
+                log.info("compiling the step (about a minute the first time) ...")
                 step_fn = step_fn.lower(state, batch, jnp.int32(step)).compile()
                 set_fragments_aside()
                 ledger.charge("compile")
+                log.info("compiled in %.1f s", ledger.seconds["compile"])
             with annotate(step):
                 state, metrics = step_fn(state, batch, jnp.int32(step))
             flush()

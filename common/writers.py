@@ -146,8 +146,7 @@ class ConsoleWriter:
             console = Console(file=self.stream)
             bar = Progress(BarColumn(), TaskProgressColumn(), numbers, console=console)
             self._task = bar.add_task("", total=total_steps, status="")
-            bar.start()
-            self._bar = bar
+            self._bar = bar  # shown from the first row on: what is logged before it would tear it
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         if self.headline not in scalars:
@@ -158,6 +157,7 @@ class ConsoleWriter:
         self._recent.append((now, step))
         status = self._status(step, scalars[self.headline])
         if self._bar is not None:
+            self._bar.start()
             self._bar.update(self._task, completed=step, status=status)
         elif now - self._printed_at >= self.every or step >= self.total:
             self._printed_at = now

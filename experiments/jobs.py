@@ -45,7 +45,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     first = text.strip().partition("\n")[0].rstrip(".")
     if isinstance(error, KNOWN_ERRORS):
         return text, 1 if isinstance(error, NoSpaceError) else 2
-    if isinstance(error, jax.errors.JaxRuntimeError) and _out_of_memory(text):
+    if out_of_memory(error):
         return f"{first}. {OUT_OF_MEMORY}", 1
     if isinstance(error, NotImplementedError) and "mesh" in text:  # of jax's mesh_utils
         return f"{first}. This mesh does not fit the machine: choose other sizes of config.mesh", 2
@@ -55,8 +55,12 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def _out_of_memory(text: str) -> bool:
-    return "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device ran out of memory, or a program needs more than it has."""
+    text = str(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) and (
+        "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    )
 
 
 def find(name: str) -> Callable[[Run], int]:

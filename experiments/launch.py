@@ -67,6 +67,9 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("triptych").setLevel(logging.INFO)
 
+    where = f"{config.get('job')} {config.get('name', '')} in {_WORKDIR.value}"
+    logging.getLogger("triptych").info("%s: loading ...", where)
+
     # After the flags: a typo should not wait for every library a job needs.
     from common.workdir import hold
     from experiments.jobs import find

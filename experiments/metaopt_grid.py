@@ -177,6 +177,10 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
 
     abstract = jax.eval_shape(jax.vmap(init_seed), keys)
     none = jnp.zeros((len(keys), len(rates)))  # losses of an epoch's start
+    log.info(
+        "%s, %s: %d runs of %d epochs of %d steps; compiling ...",
+        task.name, method.name, none.size, spec.epochs, steps,
+    )  # fmt: skip
     with Checkpointer(workdir / "checkpoints") as saver, Progress(transient=True) as bar:
         restored = saver.restore(
             _placed({"state": abstract, "last": jax.eval_shape(measure, abstract, none)})
@@ -204,6 +208,8 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
             writer.write(number + 1, _row(spec, last))
             if (number + 1) % spec.save_every == 0 or number + 1 == spec.epochs:
                 saver.save(number + 1, {"state": state, "last": last}, {"epoch": number + 1})
+                if not bar.console.is_terminal:  # a log has no bar
+                    log.info("%s: epoch %d of %d", method.name, number + 1, spec.epochs)
         writer.close()
     assert last is not None
     return _cells(spec, last, state[0])

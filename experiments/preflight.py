@@ -140,7 +140,8 @@ def topology_chips(topology: str) -> tuple[str, list[Any]]:
 
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            "preflight compiles with libtpu, which is not installed: pip install '.[tpu]'"
+            "preflight compiles with libtpu, which is not installed here: `make preflight` makes an environment that has it "
+            "(.venv-tpu/bin/python -m experiments.preflight ...), or pip install '.[tpu]'"
         )
     chip, _, grid = topology.partition(":")
     if chip not in HBM_GIB:
@@ -269,20 +270,44 @@ def main(argv: list[str] | None = None) -> int:
     names = [name for name in RELEASED if not (args.missing and name in have)]
     paths = [here / f"{name}.py" for name in names] if args.all else [args.config]
 
-    from common.config import ConfigError
+    from experiments.jobs import explain
 
-    reports = []
-    try:
-        for path in paths:
-            print(f"compiling {path} for {args.topology} ...", file=sys.stderr, flush=True)
-            reports.append(check(_load(str(path)), args.topology))
-            print(describe(reports[-1]), flush=True)
+    fit = True
+    for path in paths:
+        print(f"compiling {path} for {args.topology} ...", file=sys.stderr, flush=True)
+        try:
+            report = _compiled(str(path), args.topology)
+        except Exception as error:
+            if (known := explain(error)) is None:
+                raise
+            print(f"error: {known[0]}", file=sys.stderr)
+            return known[1]
+        fit = fit and report is not None and report.fits
+        if report is not None:
+            print(describe(report), flush=True)
             if args.all:
-                table = write_table(table, reports[-1])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0 if all(r.fits for r in reports) else 1
+                table = write_table(table, report)
+    return 0 if fit else 1
+
+
+def _compiled(path: str, topology: str) -> Report | None:
+    """The report of a config's step; None, and a line that says why, where the compiler finds no room or no program."""
+    import jax
+
+    from common.config import ConfigError
+    from experiments.jobs import out_of_memory
+
+    values = _load(path)
+    if (job := values.get("job")) != "jepa_pretrain":
+        raise ConfigError(
+            f"--config={path}: preflight compiles the train step of job jepa_pretrain, and this config's job is {job}"
+        )
+    try:
+        return check(values, topology)
+    except jax.errors.JaxRuntimeError as error:
+        verdict = "DOES NOT FIT" if out_of_memory(error) else "DOES NOT COMPILE"
+        print(f"{path} on {topology}: {verdict}: {str(error).strip().splitlines()[0]}", flush=True)
+        return None
 
 
 def _load(path_and_arg: str) -> dict[str, Any]:

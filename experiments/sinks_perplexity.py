@@ -159,6 +159,7 @@ def _run_one(
         pieces = perplexity.score(
             model.config, model.params, policy, tokens, chunk=settings.chunk, first=first, state=state, seed=settings.seed
         )  # fmt: skip
+        log.info("%s: %d tokens; compiling ...", name, len(tokens) - first)
         then = time.perf_counter()
         for i, piece in enumerate(pieces, start=1):
             places = piece.first + np.flatnonzero(piece.scored)

@@ -162,6 +162,11 @@ def run(run: Run) -> int:
         except NonFiniteLoss as error:
             log.error("error: %s", error)
             return 1
+        log.info(
+            "%s: streaming %d bytes of held-out text",
+            name,
+            min(len(held_out), settings.evaluate.tokens),
+        )
         found = measure(recipe, params, settings.evaluate, held_out)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
         seconds.update(read_meta(workdir / name / "checkpoints").get("seconds", {}))

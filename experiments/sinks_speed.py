@@ -75,6 +75,7 @@ def run(run: Run) -> int:
     run.begin(0)
     sweep = [(policy, size) for policy in settings.policies for size in settings.cache_sizes]
     measured: dict[str, float] = kept["ms"]
+    log.info("%d settings, each compiled first", len(sweep))
     for policy, size in track(sweep, "measuring", transient=True):
         name = f"{policy} {size}"
         if name in measured:

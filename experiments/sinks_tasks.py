@@ -128,6 +128,7 @@ def _run(s: Settings, run: Run, make: Callable[[bool], list[tasks.Task]], kinds:
         if name in {row["policy"] for row in rows}:
             continue
         texts = [tasks.tokenize(model.tokenizer, task) for task in make(spec is None)]
+        log.info("%s: %d tokens; compiling ...", name, sum(len(ids) for ids, _ in texts))
         rows.append({"policy": name} | _answer(model, spec, texts, s.chunk, name))
         scratch = workdir / "rows.jsonl.part"
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))

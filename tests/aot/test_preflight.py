@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from experiments import preflight
@@ -63,6 +64,59 @@ def test_wrong_input_is_one_plain_line(config, topology, message, capsys):
     assert err.startswith("error: ")
 
     assert re.search(message, err)
+
+
+RELEASED = "experiments/configs/jepa/in1k_vith14.py"
+TOO_BIG = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in hbm. Used 30G of 16G.\nMore"
+NO_MESH = "Failed to find assignment for logical_axis_index 1 of size 16 with remaining assignable mesh [8, 8, 0]"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (jax.errors.JaxRuntimeError(TOO_BIG), 1, "DOES NOT FIT: RESOURCE_EXHAUSTED"),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Mosaic\nMore"),
+            1,
+            "DOES NOT COMPILE: INTERNAL: Mosaic",
+        ),
+        (NotImplementedError(NO_MESH), 2, "choose other sizes of config.mesh"),
+    ],
+    ids=["too big", "no program", "no mesh"],
+)
+def test_a_program_that_the_compiler_refuses_is_a_plain_line(
+    monkeypatch, capsys, raised, code, said
+):
+    def check(values, topology):
+        raise raised
+
+    monkeypatch.setattr(preflight, "check", check)
+    assert preflight.main([f"--config={RELEASED}", "--topology=v5e:2x2"]) == code
+    out, err = capsys.readouterr()
+    assert said in out + err and "More" not in out + err
+    assert (out + err).count("\n") == 2  # what is compiled, and how it ends
+
+
+def test_one_that_does_not_fit_leaves_the_others_their_turn(monkeypatch, capsys, tmp_path):
+    row = json.loads(preflight.TABLE.read_text())[0]
+
+    def check(values, topology):
+        if values["name"] == "in1k_vith14":
+            raise jax.errors.JaxRuntimeError(TOO_BIG)
+        return preflight.Report(**{**row, "config": values["name"], "collectives": {}})
+
+    monkeypatch.setattr(preflight, "check", check)
+    monkeypatch.setattr(preflight, "TABLE", tmp_path / "table.json")
+    assert preflight.main(["--all"]) == 1
+    assert {r["config"] for r in json.loads(preflight.TABLE.read_text())} == {
+        *preflight.RELEASED
+    } - {"in1k_vith14"}
+    assert capsys.readouterr().out.count("FITS") == 3
+
+
+def test_another_job_is_refused_by_name(capsys):
+    assert preflight.main(["--config=experiments/configs/sinks/pretrain.py"]) == 2
+    assert "this config's job is sinks_pretrain" in capsys.readouterr().err
 
 
 def test_the_committed_table_holds_the_released_recipes():

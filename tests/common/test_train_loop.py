@@ -520,3 +520,10 @@ def test_a_negative_interval_is_refused_by_name(name):
 def test_sizes_that_cannot_be_are_refused(changes):
     with pytest.raises(ValueError, match=r"at least 1|does not divide into train.accumulate=2"):
         TrainSpec(**{"steps": 1, "batch": 8, "accumulate": 2} | changes)
+
+
+def test_compiling_is_announced_before_it_begins_and_timed_after(tmp_path, caplog):
+    caplog.set_level("INFO", logger="triptych")
+    run(tmp_path, 2)
+    said = [m for m in caplog.messages if "compil" in m]
+    assert len(said) == 2 and said[0].startswith("compiling the step") and said[1].endswith(" s")

@@ -183,6 +183,16 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers(monkeypatch):
     assert "step 100  knn/top1 0.125" in text
 
 
+def test_a_bar_waits_for_the_first_row(monkeypatch):
+    """Until then lines are logged, which it would tear."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    writer = ConsoleWriter(200, stream=stream)
+    assert stream.getvalue() == ""
+    writer.close()
+    assert "%" not in stream.getvalue()
+
+
 def test_a_dumb_terminal_gets_no_control_codes(monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
