@@ -180,15 +180,6 @@ def crash_at(step):
     return check
 
 
-def test_a_batch_without_all_rows_is_refused_at_whatever_step(tmp_path):
-    def cut(start):
-        for step, batch in enumerate(batches(start), start):
-            yield batch if step < 3 else batch | {"y": batch["y"][:4]}
-
-    with pytest.raises(ValueError, match=r"batch\['y'\] has the shape \(4,\), but train\.batch=8"):
-        run(tmp_path, 5, data=cut)
-
-
 EVERY = {
     "each step": {"log_every": 1, "eval_every": 3, "save_every": 2},
     "rarely": {"log_every": 4, "eval_every": 5, "save_every": 3},
