@@ -177,14 +177,11 @@ def _update(
     signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
     signals = pack_sum(signals, level.axis_name)
 
-    def advance() -> tuple[Any, HyperState]:
+    def advance(grads: Any) -> tuple[Any, HyperState]:
         return _advance(level, grads, signals, state, params, extra)
 
-    def stay() -> tuple[Any, HyperState]:
-        # A select, and not zeros: these have the sharding of the gradients, whatever the mesh.
-        return jax.tree.map(
-            lambda g: jnp.where(jnp.ones((), bool), 0, g).astype(g.dtype), grads
-        ), state
+    def stay(grads: Any) -> tuple[Any, HyperState]:
+        return jax.tree.map(jnp.zeros_like, grads), state
 
     if guards.skip_nonfinite:
         # Where a NaN in any gradient is one in the sums, the gradients themselves are read only when there is one.
@@ -194,9 +191,10 @@ def _update(
             lambda: jnp.ones((), bool),
             lambda: _all_finite(grads, level.axis_name),
         )
-        updates, new = jax.lax.cond(good, advance, stay)
+        # As an operand, and not closed over: then zeros like them lie as they do, on an Explicit mesh without jit, too.
+        updates, new = jax.lax.cond(good, advance, stay, grads)
     else:
-        updates, new = advance()
+        updates, new = advance(grads)
     if guards.rollback:
         old = state.guard.rollback
         jumped, back = guarding.watch_loss(guards.rollback, old, extra.get("value"), params)
