@@ -87,17 +87,7 @@ def hyper(
       TypeError, ValueError: a keyword that the factory does not take, that must be a Python constant, or on which its
         update does not smoothly depend; an initial value outside its bounds; `by` that is no transformation.
     """
-    if not (callable(getattr(by, "init", None)) and callable(getattr(by, "update", None))):
-        raise TypeError(
-            f"by={by!r} is not an optax transformation; give the optimizer of the hyperparameters, e.g. by=optax.sgd(0.02)"
-        )
-    if guards is not None and not isinstance(guards, Guards):
-        raise TypeError(f"guards={guards!r}: give Guards(...), or None for no guards at all")
-    guards = (guards or Guards.none()).filled()
-    rule = make_rule(factory, kwargs)
-    guards.check(rule)
-    method = choose(rule, mode, trace, guards.safe_sqrt)
-    level = _Level(rule, method, packed(by), guards, trace, axis_name)
+    level = _level(factory, kwargs, by, guards, mode, trace, axis_name)
 
     def init(params: Any) -> HyperState:
         return _init(level, params)
@@ -128,6 +118,23 @@ class _Level:
     guards: Guards
     trace: Trace
     axis_name: Any
+
+
+def _level(
+    factory: Any, kwargs: Any, by: Any, guards: Any, mode: str, trace: Any, axis_name: Any
+) -> _Level:
+    """What `hyper` was given, or why it cannot be."""
+    if not (callable(getattr(by, "init", None)) and callable(getattr(by, "update", None))):
+        raise TypeError(
+            f"by={by!r} is not an optax transformation; give the optimizer of the hyperparameters, e.g. by=optax.sgd(0.02)"
+        )
+    if guards is not None and not isinstance(guards, Guards):
+        raise TypeError(f"guards={guards!r}: give Guards(...), or None for no guards at all")
+    guards = (guards or Guards.none()).filled()
+    rule = make_rule(factory, kwargs)
+    guards.check(rule)
+    method = choose(rule, mode, trace, guards.safe_sqrt)
+    return _Level(rule, method, packed(by), guards, trace, axis_name)
 
 
 def _init(level: _Level, params: Any) -> HyperState:
