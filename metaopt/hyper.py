@@ -87,17 +87,7 @@ def hyper(
       TypeError, ValueError: a keyword that the factory does not take, that must be a Python constant, or on which its
         update does not smoothly depend; an initial value outside its bounds; `by` that is no transformation.
     """
-    if not (callable(getattr(by, "init", None)) and callable(getattr(by, "update", None))):
-        raise TypeError(
-            f"by={by!r} is not an optax transformation; give the optimizer of the hyperparameters, e.g. by=optax.sgd(0.02)"
-        )
-    if guards is not None and not isinstance(guards, Guards):
-        raise TypeError(f"guards={guards!r}: give Guards(...), or None for no guards at all")
-    guards = (guards or Guards.none()).filled()
-    rule = make_rule(factory, kwargs)
-    guards.check(rule)
-    method = choose(rule, mode, trace, guards.safe_sqrt)
-    level = _Level(rule, method, packed(by), guards, trace, axis_name)
+    level = _level(factory, kwargs, by, guards, mode, trace, axis_name)
 
     def init(params: Any) -> HyperState:
         return _init(level, params)
@@ -128,6 +118,23 @@ class _Level:
     guards: Guards
     trace: Trace
     axis_name: Any
+
+
+def _level(
+    factory: Any, kwargs: Any, by: Any, guards: Any, mode: str, trace: Any, axis_name: Any
+) -> _Level:
+    """What `hyper` was given, or why it cannot be."""
+    if not (callable(getattr(by, "init", None)) and callable(getattr(by, "update", None))):
+        raise TypeError(
+            f"by={by!r} is not an optax transformation; give the optimizer of the hyperparameters, e.g. by=optax.sgd(0.02)"
+        )
+    if guards is not None and not isinstance(guards, Guards):
+        raise TypeError(f"guards={guards!r}: give Guards(...), or None for no guards at all")
+    guards = (guards or Guards.none()).filled()
+    rule = make_rule(factory, kwargs)
+    guards.check(rule)
+    method = choose(rule, mode, trace, guards.safe_sqrt)
+    return _Level(rule, method, packed(by), guards, trace, axis_name)
 
 
 def _init(level: _Level, params: Any) -> HyperState:
@@ -177,14 +184,11 @@ def _update(
     signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
     signals = pack_sum(signals, level.axis_name)
 
-    def advance() -> tuple[Any, HyperState]:
+    def advance(grads: Any) -> tuple[Any, HyperState]:
         return _advance(level, grads, signals, state, params, extra)
 
-    def stay() -> tuple[Any, HyperState]:
-        # A select, and not zeros: these have the sharding of the gradients, whatever the mesh.
-        return jax.tree.map(
-            lambda g: jnp.where(jnp.ones((), bool), 0, g).astype(g.dtype), grads
-        ), state
+    def stay(grads: Any) -> tuple[Any, HyperState]:
+        return jax.tree.map(jnp.zeros_like, grads), state
 
     if guards.skip_nonfinite:
         # Where a NaN in any gradient is one in the sums, the gradients themselves are read only when there is one.
@@ -194,9 +198,10 @@ def _update(
             lambda: jnp.ones((), bool),
             lambda: _all_finite(grads, level.axis_name),
         )
-        updates, new = jax.lax.cond(good, advance, stay)
+        # As an operand, and not closed over: then zeros like them lie as they do, on an Explicit mesh without jit, too.
+        updates, new = jax.lax.cond(good, advance, stay, grads)
     else:
-        updates, new = advance()
+        updates, new = advance(grads)
     if guards.rollback:
         old = state.guard.rollback
         jumped, back = guarding.watch_loss(guards.rollback, old, extra.get("value"), params)

@@ -40,9 +40,21 @@ class Packed(_Arrays, metaclass=_Layout):
     leaves: Leaves
 
     def unpack(self) -> Any:
-        """The tree. Axes that `jax.vmap` put before all arrays stay in front of each; shapes give shapes."""
+        """The tree. Axes that `jax.vmap` put before all arrays stay in front of each; shapes give shapes.
+
+        Raises ValueError if the vectors are of another tower, restored by something that does not look at shapes.
+        """
         if any(isinstance(v, jax.ShapeDtypeStruct) for v in self.vectors.values()):
             return jax.eval_shape(type(self).unpack, self)
+        ends = dict.fromkeys(self.vectors, 0)
+        for name, shape in self.leaves:
+            if name:
+                ends[name] = ends.get(name, 0) + int(np.prod(shape))
+        sizes = {name: vector.shape[-1] for name, vector in self.vectors.items()}
+        if ends != sizes:
+            raise ValueError(
+                f"the levels above were saved from another optimizer: they hold {sizes} numbers, this one {ends}"
+            )
         others, starts, out = iter(self.others), dict.fromkeys(self.vectors, 0), []
         for name, shape in self.leaves:
             if not name:
@@ -68,7 +80,7 @@ def _layout(structure: Any, leaves: Leaves) -> type[Packed]:
 
 
 # Copies of a state in another process find the class by its layout.
-copyreg.pickle(_Layout, lambda c: "Packed" if c is Packed else (_layout, (c.structure, c.leaves)))  # ty: ignore
+copyreg.pickle(_Layout, lambda c: "Packed" if c is Packed else (_layout, (c.structure, c.leaves)))
 
 
 def pack(tree: Any) -> Packed:

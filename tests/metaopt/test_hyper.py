@@ -194,3 +194,32 @@ def test_wrong_inputs_are_refused_before_training():
         two.init({"a": jnp.ones(2)})
     with needs("2 labels for 1 arrays"):
         hyper(optax.sgd, by=by, learning_rate=learn(0.1, scope=["a", "b"])).init([jnp.ones(2)])
+
+
+def test_wrong_kinds_are_said_with_the_remedy():
+    rate = dict(learning_rate=learn(0.1), by=SGD)
+    schedule = optax.constant_schedule(0.1)
+    cases = [
+        (r"trace=0.9: give Trace\(gamma", lambda: hyper(optax.sgd, trace=0.9, **rate)),
+        (r"trace=None", lambda: metaopt.auto(optax.sgd, trace=None)),
+        (r"guards=\{\}: give Guards", lambda: hyper(optax.sgd, guards={}, **rate)),
+        (r"guards=True: give Guards", lambda: metaopt.auto(optax.sgd, guards=True)),
+        (r"max_move='a'\): give a number", lambda: metaopt.auto(optax.sgd, guards=Guards(max_move="a"))),
+        (r"rollback=True\): give Rollback\(\)", lambda: metaopt.auto(optax.sgd, guards=Guards(rollback=True))),
+        (r"max_change=nan", lambda: hyper(optax.sgd, guards=Guards(max_change=float("nan")), **rate)),
+        (r"bounds=\(None, 1\): give two numbers", lambda: learn(0.1, bounds=(None, 1))),
+        (r"bounds=\(1, 0\): the lower one", lambda: learn(0.1, bounds=(1, 0))),
+        (r"bijector=3: give a Bijector", lambda: learn(0.1, bijector=3)),
+        (r"'adam'.*give the factory itself.*not str", lambda: metaopt.auto("adam")),
+        (r"inject_hyperparams keeps it in the optimizer state",
+         lambda: metaopt.auto(optax.inject_hyperparams(optax.adam))),
+        (r"learn\(1.0, schedule=...\)", lambda: metaopt.auto(optax.adam, learning_rate=schedule)),
+        (r"learn\(1.0, schedule=...\)", lambda: learn(schedule)),
+        (r"traced here", lambda: jax.jit(lambda r: learn(r).init)(0.1)),
+        (r"lower_bound of momo_adam has no one-step", lambda: hyper(
+            optax.contrib.momo_adam, lower_bound=learn(0.1), **rate)),
+    ]  # fmt: skip
+    for message, make in cases:
+        with needs(message):
+            make()
+    assert learn(jnp.float32(0.5)).init == learn(np.array(0.5)).init == learn(0.5).init

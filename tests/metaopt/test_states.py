@@ -81,6 +81,17 @@ def test_flax_serialization_does_not_need_flax():
     assert jax.tree.structure(a) != jax.tree.structure(other)
 
 
+def test_bytes_of_another_tower_are_refused():
+    """flax does not look at shapes."""
+    rate = lambda by: hyper(optax.adam, learning_rate=learn(0.1), by=by)  # noqa: E731
+    low, high = rate(rate(optax.sgd(0.1))), rate(rate(rate(optax.sgd(0.1))))
+    other = flax.serialization.from_bytes(
+        low.init(PARAMS), flax.serialization.to_bytes(high.init(PARAMS))
+    )
+    with pytest.raises(ValueError, match="saved from another optimizer"):
+        low.update(PARAMS, other, PARAMS)
+
+
 def test_optax_reads_and_sets_the_rate():
     """`optax.tree.get` finds one value; what `optax.tree.set` puts there is what the next update uses."""
     tx = tower("closed")
