@@ -71,6 +71,8 @@ class ResultRow:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ResultRow":
         """Rows of older versions lack the fields that have a default. Raises ValueError naming odd fields."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"is no row: {str(data)[:40]!r}")
         fields = dataclasses.fields(cls)
         known = {f.name for f in fields}
         needed = {f.name for f in fields if _no_default(f)}

@@ -191,8 +191,9 @@ class Run:
             self.workdir.mkdir(parents=True, exist_ok=True)
             record = {"commit": self.commit, "changes": self._changes}
             write_json(path, records | {self.job: record})  # first: a change is told, or not made
-            if self.saved is None or _besides_job(self.saved) != _besides_job(self.values):
-                write_json(self.workdir / "config.json", json.loads(to_json(self.values)))
+            path, saved = self.workdir / "config.json", _besides_job(self.saved or {})
+            if not path.exists() or saved != _besides_job(self.values):
+                write_json(path, json.loads(to_json(self.values)))
         self.clock.__enter__()
 
     def part(self, name: str) -> Clock:

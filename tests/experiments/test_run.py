@@ -266,6 +266,16 @@ def test_a_copy_of_the_checkpoints_alone_still_knows_its_config(tmp_path):
         saver.save(3, {"x": jax.numpy.zeros(2)}, {"config": VALUES}, wait=True)
     with pytest.raises(ConfigError, match=r"config\.optim\.lr: saved 0\.001, now 0\.05"):
         train(tmp_path, config(optim__lr=0.05))
+    train(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}"])
+def test_a_damaged_result_is_named(tmp_path, text):
+    train(tmp_path)
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"{tmp_path}/result.json is no result"):
+        train(tmp_path)
 
 
 def test_a_change_of_code_on_the_way_is_told(tmp_path, monkeypatch):
