@@ -3,7 +3,8 @@
   python -m experiments.launch --config=experiments/configs/jepa/in22k_vith14.py --workdir=runs/in22k_vith14
   python -m experiments.preflight --config=experiments/configs/jepa/in22k_vith14.py --topology=v5e:16x16
 
-Arguments: smoke; seed=N; batch=N. Data: `folder:/path` (--config.data.name), a folder a class, with or without train, val.
+Arguments: smoke; seed=N; batch=N. Data: `folder:/path`, one folder a class, split into train/ and val/ or not
+(--config.data.name).
 """
 
 from experiments.configs.jepa.released import IN22K, released
