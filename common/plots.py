@@ -1,15 +1,23 @@
 """The curves of a run, in one picture: a small panel for each thing that was measured."""
 
+import logging
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from common.full_disk import is_full
+from common.writers import read_rows
+
+log = logging.getLogger("triptych")
 
 COLORS = ("#2f6db5", "#d1702a", "#3a8f5a", "#a5478a", "#7a6a2f", "#4f5b66")  # of one panel's lines
 INK, GREY, BAD = "#222222", "#8a8a8a", "#c62828"
@@ -60,6 +68,22 @@ def curves(
         figure.text(0.5, 0.5, "nothing measured yet", ha="center", va="center", color=GREY)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=144, facecolor="white")
+
+
+def draw_curves(workdir: Path) -> None:
+    """Draws `workdir`/metrics.jsonl into curves.png, on process 0.
+
+    Never raises: it is drawn on the way out of failures too, which it must not hide.
+    """
+    path = workdir / "metrics.jsonl"
+    if jax.process_index() != 0 or not path.exists():
+        return
+    leaving_with = sys.exc_info()[1]
+    try:
+        curves(read_rows(path), workdir / "curves.png")
+    except Exception as error:
+        if not (is_full(leaving_with) and is_full(error)):  # once is enough
+            log.warning("%s is not drawn: %s", workdir / "curves.png", error)
 
 
 def _called(series: Sequence[str] | Mapping[str, str], name: str) -> str:

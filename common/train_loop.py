@@ -227,7 +227,7 @@ def train(
 
     due = lambda step, every: every and step and step % every == 0  # noqa: E731
     mark, marked_step = time.perf_counter(), start
-    with contextlib.closing(writer), jax.set_mesh(mesh), PreemptionGuard() as guard:
+    with contextlib.closing(writer), _ended(data), jax.set_mesh(mesh), PreemptionGuard() as guard:
         # THE ORDER IS FIXED: save, eval, next batch, dispatch, write the previous step's metrics, hooks. A save comes
         # before the eval, which then sees what is saved and can lose nothing, and before the next batch, so that step
         # alone says where the data are.
@@ -276,6 +276,16 @@ def train(
                 )
             leave_if_told(spec.steps)
     return moved_to(plain, state), ledger.seconds
+
+
+@contextlib.contextmanager
+def _ended(data: Iterator[dict]) -> Iterator[None]:
+    """Ends the threads and processes that prepare batches, where there are some."""
+    try:
+        yield
+    finally:
+        if close := getattr(data, "close", None):
+            close()
 
 
 def _stop_at_non_finite(recipe, state, batches, checkpointer, meta) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import logging
-import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from common.writers import write_whole
 
 log = logging.getLogger("triptych")
 HEARTBEAT = 10.0  # seconds between two writes: what a kill can lose
@@ -67,7 +68,5 @@ class Clock:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: a killed writer leaves the file as it was."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(new, path)
+    """Whole or not at all, as `write_whole`."""
+    write_whole(path, json.dumps(value, indent=2) + "\n")

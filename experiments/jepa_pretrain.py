@@ -7,9 +7,8 @@ row with everything needed to run it again).
 import importlib.util
 import logging
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from common.data import (
 )
 from common.distributed import EXIT_PREEMPTED, require_same
 from common.evaluation import EvaluationFailed, describe
-from common.full_disk import is_full
 from common.mesh import auto_mesh, make_mesh
-from common.plots import curves
+from common.plots import draw_curves
 from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
 from common.train_loop import NonFiniteLoss, Preempted, train
@@ -48,29 +46,20 @@ def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     workdir = run.workdir
     settings, sets, mesh = begin(run.values)
-    source = sets.train
     recipe, spec = settings.recipe, settings.train
     try:
         _check_writers(settings)
         spec.check_mesh(mesh)
         abstract, _ = state_shardings(recipe, mesh)
-        loader = LoaderSpec(
-            spec.batch,
-            spec.seed,
-            workers=settings.data.workers,
-            held=rows_held(batch_sharding(mesh), spec.batch),
-        )
+        loader, add_masks, data_print = _stream(settings, sets, mesh)
         keep = CheckpointSpec(settings.checkpoint.keep)
-        add_masks = AddMasks(recipe.masks, spec.seed)
-        data_print = fingerprint(source, loader, settings.augmentation, add_masks)
-        require_same(data_facts(training=data_print, test=fingerprint(sets.test, loader)))
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    _describe(settings, len(source), mesh, abstract.params)
+    _describe(settings, len(sets.train), mesh, abstract.params)
 
     def batches(start: int) -> Iterator[dict]:
         host = train_batches(
-            source,
+            sets.train,
             loader,
             transform=settings.augmentation,
             batch_transform=add_masks,
@@ -110,24 +99,48 @@ def run(run: Run) -> int:
         log.error("error: %s", error)
         return 1
     finally:
-        _draw(workdir)
+        draw_curves(workdir)
 
-    metrics = _last_eval(workdir)
+    return _finish(run, settings, sets, mesh, state, seconds)
+
+
+def _stream(
+    settings: Settings, sets: Sets, mesh: Mesh
+) -> tuple[LoaderSpec, AddMasks, dict[str, Any]]:
+    """How training batches are drawn, what adds the masks, and the fingerprint of both, which all processes share."""
+    spec = settings.train
+    loader = LoaderSpec(
+        spec.batch,
+        spec.seed,
+        workers=settings.data.workers,
+        held=rows_held(batch_sharding(mesh), spec.batch),
+    )
+    add_masks = AddMasks(settings.recipe.masks, spec.seed)
+    data_print = fingerprint(sets.train, loader, settings.augmentation, add_masks)
+    require_same(data_facts(training=data_print, test=fingerprint(sets.test, loader)))
+    return loader, add_masks, data_print
+
+
+def _finish(
+    run: Run, settings: Settings, sets: Sets, mesh: Mesh, state: Any, seconds: Mapping[str, float]
+) -> int:
+    """Probes the trained encoder and writes the row. A probe that fails is repeated, alone, by the same command."""
+    recipe, metrics = settings.recipe, _last_eval(run.workdir)
     if settings.probe.linear:
         log.info("linear probe on frozen features of the target encoder")
         encode, probing = encode_fn(recipe.encoder, state.extra["target"]), time.perf_counter()
         try:
             metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
         except Exception as error:  # any: the training before it must not look lost
-            why = describe(error, "linear probes", workdir)
+            why = describe(error, "linear probes", run.workdir)
             log.error(
                 "error: the linear probes failed: %s; the trained state is saved: mend that and start the same command "
                 "again, which repeats only this", why,
             )  # fmt: skip
             return 1
-        seconds = seconds | {"probe": time.perf_counter() - probing}
+        seconds = {**seconds, "probe": time.perf_counter() - probing}
     row = run.row(
-        metrics, seeds=[spec.seed], steps=spec.steps,
+        metrics, seeds=[settings.train.seed], steps=settings.train.steps,
         mesh=dict(mesh.shape), dtype=recipe.policy.compute, seconds=seconds,
     )  # fmt: skip
     if jax.process_index() == 0:
@@ -187,16 +200,3 @@ def _last_eval(workdir: Path) -> dict[str, float]:
         if rows
         else {}
     )
-
-
-def _draw(workdir: Path) -> None:
-    """curves.png. Never raises: it is drawn on the way out of failures too, which it must not hide."""
-    rows = workdir / "metrics.jsonl"
-    if jax.process_index() != 0 or not rows.exists():
-        return
-    leaving_with = sys.exc_info()[1]
-    try:
-        curves(read_rows(rows), workdir / "curves.png")
-    except Exception as error:
-        if not (is_full(leaving_with) and is_full(error)):  # once is enough
-            log.warning("%s is not drawn: %s", workdir / "curves.png", error)

@@ -121,7 +121,7 @@ def _join_hosts(config: dict[str, Any]) -> None:
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         if jax.process_count() > 1:
-            distributed.require_same(run_facts(config))
+            distributed.require_same(run_facts(config) | {"--resume": _RESUME.value})
         check_processes(config["job"], jax.process_count())
     except ValueError as error:
         raise ConfigError(str(error)) from error

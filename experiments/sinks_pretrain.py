@@ -31,7 +31,7 @@ from common.data import (
 from common.distributed import EXIT_PREEMPTED, require_same
 from common.mesh import MeshSpec, make_mesh
 from common.optim import OptimSpec
-from common.plots import COLORS, curves
+from common.plots import COLORS, draw_curves
 from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import NonFiniteLoss, Preempted, TrainSpec, train
@@ -243,8 +243,7 @@ def _train(
                 meta={"data": data_print},
             )
     finally:
-        if (workdir / "metrics.jsonl").exists() and jax.process_index() == 0:
-            curves(read_rows(workdir / "metrics.jsonl"), workdir / "curves.png")
+        draw_curves(workdir)
     return to_host(state.params)
 
 
