@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sinks import convert, gguf_file, hf_config, hub, stream, tokenizer, weights
+from sinks import convert, gguf_file, hf_config, hub, stream, tokenizer_files, weights
 from sinks import params as layouts
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
@@ -188,8 +188,8 @@ def _params(opened: _Opened, dtype: str, mesh: Mesh | None) -> Params:
 def _tokenizer(path: Path, opened: _Opened) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if opened.file is None or (folder / "tokenizer.json").is_file():
-        return tokenizer.from_folder(folder)
-    return tokenizer.from_gguf(opened.file.metadata, str(opened.path))
+        return tokenizer_files.from_folder(folder)
+    return tokenizer_files.from_gguf(opened.file.metadata, str(opened.path))
 
 
 def check_reading(config: ModelConfig, params: Params, text: Tokenizer, where: str = "") -> float:

@@ -23,9 +23,9 @@ REAL = {  # what real files say beside the sizes
 
 
 def _words() -> Any:
-    from sinks import tokenizer
+    from sinks import tokenizer_files
 
-    return json.loads(tokenizer.from_gguf(byte_level_metadata()).backend.to_str())
+    return json.loads(tokenizer_files.from_gguf(byte_level_metadata()).backend.to_str())
 
 
 TOKENIZER = _words()

@@ -6,7 +6,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
-from sinks import tokenizer
+from sinks import tokenizer_files
 from sinks.weights import INDEX
 
 D, H, K, F, V, L = 16, 4, 4, 24, 264, 2
@@ -158,7 +158,7 @@ def byte_level_metadata(**changes):
 
 def save_tokenizer(folder):
     """The byte-level vocabulary as tokenizer.json, with its two special tokens and chat template."""
-    backend = tokenizer.from_gguf(byte_level_metadata()).backend
+    backend = tokenizer_files.from_gguf(byte_level_metadata()).backend
     backend.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -9,7 +9,7 @@ import pytest
 
 import sinks
 from common.mesh import MeshSpec, make_mesh
-from sinks import hub, loading, params, stream, tokenizer
+from sinks import hub, loading, params, stream, tokenizer_files
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
 from tests.sinks.checkpoints import (
@@ -26,7 +26,7 @@ from tests.sinks.checkpoints import (
     tensors,
 )
 
-TOKENIZER = tokenizer.from_gguf(byte_level_metadata())
+TOKENIZER = tokenizer_files.from_gguf(byte_level_metadata())
 CONFIG = ModelConfig(
     family="llama",
     vocab_size=V,

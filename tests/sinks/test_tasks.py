@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sinks import stream, tasks, tokenizer
+from sinks import stream, tasks, tokenizer_files
 from sinks.cache import CacheSpec, init
 from tests.sinks import small
 from tests.sinks.checkpoints import byte_level_metadata
 
-TOKENIZER = tokenizer.from_gguf(byte_level_metadata())
+TOKENIZER = tokenizer_files.from_gguf(byte_level_metadata())
 
 
 @pytest.mark.parametrize("keys", ["lines", "names"])

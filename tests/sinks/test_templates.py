@@ -7,7 +7,7 @@ import pytest
 from tokenizers import processors
 
 from sinks import templates
-from sinks import tokenizer as tk
+from sinks import tokenizer_files as tk
 from tests.sinks.checkpoints import byte_level_metadata
 from tests.sinks.test_tokenizer import PIECES
 

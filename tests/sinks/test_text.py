@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from sinks import text, tokenizer
+from sinks import text, tokenizer_files
 from tests.sinks.checkpoints import byte_level_metadata
 
-TOKENIZER = tokenizer.from_gguf(byte_level_metadata())
+TOKENIZER = tokenizer_files.from_gguf(byte_level_metadata())
 
 
 @pytest.mark.parametrize("name, size", [("embedded", 90_000), ("python-topics", 300_000)])

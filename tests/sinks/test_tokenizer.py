@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinks import tokenizer as tk
+from sinks import tokenizer_files as tk
 from sinks.tokenizer import TextStream
 from tests.sinks.checkpoints import CHATML, byte_level_metadata
 
