@@ -92,6 +92,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
         raise ConfigError(
             f"--topology={topology}: chip {chip!r} is unknown; known: {', '.join(HBM_GIB)}"
         )
+    _tell_libtpu_its_machine()
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:
@@ -139,6 +140,13 @@ def check(config: dict[str, Any], topology: str) -> Report:
         collectives=count_collectives(compiled.as_text()),
         compile_seconds=seconds,
     )  # fmt: skip
+
+
+def _tell_libtpu_its_machine() -> None:
+    """libtpu asks, and prints errors where nothing answers; the topology alone says what is compiled for."""
+    machine = {"ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}
+    for name, value in machine.items():
+        os.environ.setdefault(f"TPU_{name}", value)
 
 
 def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:
