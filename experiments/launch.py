@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         return _help(argv)
     try:
         unused = flags.FLAGS(argv)[1:]
-        if _CONFIG.value is None or _WORKDIR.value is None:
+        if _CONFIG.value is None or not _WORKDIR.value:
             print(usage.of_flags(str(__doc__), _CONFIG.name))
             return _fail("both --config and --workdir are needed")
         check_local(_WORKDIR.value, "--workdir")
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     from experiments.jobs import explain, find
 
     try:
-        job = find(config["job"])
+        job = find(config.get("job", ""))
         _join_hosts()
         return job(config, Path(_WORKDIR.value))
     except Exception as error:
