@@ -244,7 +244,7 @@ def test_wandb_without_a_login_is_a_plain_error(tmp_path, fake_wandb, monkeypatc
         raise sys.modules["wandb"].Error("No API key configured. Use `wandb login` to log in.")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", init)
-    with pytest.raises(ConfigError, match="No API key configured.*WANDB_MODE=offline"):
+    with pytest.raises(ConfigError, match=r"No API key configured.*WANDB_MODE=offline"):
         make_writer(tmp_path, 10, wandb={"project": "mine"})
 
 
