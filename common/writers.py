@@ -23,6 +23,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from common.config import ConfigError
+
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -215,20 +217,23 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Scalars for Weights & Biases. The same `run_id` continues the same run; further arguments go to `wandb.init`."""
+    """Scalars for Weights & Biases. The same `run_id` continues the same run; further arguments go to `wandb.init`.
+
+    Raises:
+      ConfigError: W&B refuses, most often because nobody is logged in.
+    """
 
     def __init__(
         self, project: str, run_id: str, config: Mapping[str, Any] | None = None, **init: Any
     ) -> None:
         wandb = _optional("wandb", extra="wandb")
-        self._run = wandb.init(
-            project=project,
-            id=run_id,
-            config=dict(config or {}),
-            resume="allow",
-            allow_val_change=True,  # a run may go on with another setting
-            **init,
-        )
+        settings = {"project": project, "id": run_id, "config": dict(config or {}), **init}
+        try:  # a run may go on, and with another setting
+            self._run = wandb.init(**settings, resume="allow", allow_val_change=True)
+        except wandb.Error as error:
+            raise ConfigError(
+                f"W&B cannot be used: {error} Without an account set WANDB_MODE=offline, or leave it out"
+            ) from error
         # W&B refuses to log an earlier step again, which a resumed run must: step is a value here.
         self._run.define_metric("*", step_metric="step")
 

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         return _help(argv)
     try:
         unused = flags.FLAGS(argv)[1:]
-        if _CONFIG.value is None or _WORKDIR.value is None:
+        if _CONFIG.value is None or not _WORKDIR.value:
             print(usage.of_flags(str(__doc__), _CONFIG.name))
             return _fail("both --config and --workdir are needed")
         check_local(_WORKDIR.value, "--workdir")
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
     joined = False
     try:
-        job = find(config["job"])
+        job = find(config.get("job", ""))
         _join_hosts(config)
         joined = True
         with hold(_WORKDIR.value) as workdir:

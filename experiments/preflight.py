@@ -151,11 +151,19 @@ def topology_chips(topology: str) -> tuple[str, list[Any]]:
     options: dict[str, Any] = dict(CHIP_CONFIG.get(chip, {}))
     if set(grid) <= set("1x"):  # libtpu takes a host to have four chips
         options["chips_per_host_bounds"] = (1, 1, 1)
+    _tell_libtpu_its_machine()
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except Exception as error:
         raise ConfigError(f"--topology={topology}: {' '.join(str(error).split())}") from error
     return chip, list(described.devices)
+
+
+def _tell_libtpu_its_machine() -> None:
+    """libtpu asks, and prints errors where nothing answers; the topology alone says what is compiled for."""
+    machine = {"ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}
+    for name, value in machine.items():
+        os.environ.setdefault(f"TPU_{name}", value)
 
 
 def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.common.test_train_loop import batches, run
+from tests.common.line import batches, run
 
 
 def test_a_batch_without_all_rows_is_refused_at_whatever_step(tmp_path):

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from common import writers
+from common.config import ConfigError
 from common.writers import ConsoleWriter, JsonlWriter, MultiWriter, make_writer, read_rows
 
 
@@ -230,6 +231,7 @@ def fake_wandb(monkeypatch):
         finish=lambda: calls.append(("finish",)),
     )
     fake = types.ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
     fake.init = lambda **kwargs: calls.append(("init", kwargs)) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return calls
@@ -248,6 +250,15 @@ def test_wandb_may_log_a_resumed_step_again(fake_wandb):
         ("log", {"step": 5, "loss": 1.0}),
         ("finish",),
     ]
+
+
+def test_wandb_without_a_login_is_a_plain_error(tmp_path, fake_wandb, monkeypatch):
+    def init(**kwargs):
+        raise sys.modules["wandb"].Error("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    with pytest.raises(ConfigError, match=r"No API key configured.*WANDB_MODE=offline"):
+        make_writer(tmp_path, 10, wandb={"project": "mine"})
 
 
 def test_a_workdir_is_one_run_of_wandb_and_no_other_is(tmp_path, fake_wandb):

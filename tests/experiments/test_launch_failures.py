@@ -115,3 +115,8 @@ def test_reproduce_ends_a_part_that_runs_out_of_memory_with_a_line(monkeypatch, 
     assert (
         "error: RESOURCE_EXHAUSTED: Out of memory" in caplog.text and "failed: sinks" in caplog.text
     )
+
+
+def test_an_empty_workdir_is_none_and_not_this_folder(monkeypatch, capsys):
+    assert launched(monkeypatch, f"--config={CONFIGS['jepa']}", "--workdir=") == 2
+    assert "both --config and --workdir are needed" in capsys.readouterr().err
