@@ -123,7 +123,6 @@ RULES = [
 
 @pytest.mark.parametrize("factory, more, mode", [
     (*RULES[0], "closed"),
-    (*RULES[1], "replay"),
     *(pytest.param(*rule, mode, marks=pytest.mark.slow) for rule in RULES for mode in ("closed", "tangent", "replay")),
 ])  # fmt: skip
 def test_complex_parameters_have_real_hyperparameters(factory, more, mode):

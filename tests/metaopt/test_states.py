@@ -127,7 +127,10 @@ def test_a_value_that_is_set_includes_its_schedule():
     assert float(state.values["learning_rate"]) == pytest.approx(1.2, rel=1e-6)
 
 
-@pytest.mark.parametrize("make", ["auto", pytest.param("replay", marks=pytest.mark.slow)])
+MAKE["small"] = lambda: hyper(optax.sgd, learning_rate=learn(0.1), by=optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("make", ["small", *(pytest.param(m, marks=pytest.mark.slow) for m in ("auto", "replay"))])  # fmt: skip
 def test_types_hold_on_an_explicit_mesh_without_jit(make):
     """optax's own test: an eager update, whose state has the shardings of the first."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
