@@ -130,7 +130,10 @@ def test_a_value_that_is_set_includes_its_schedule():
 MAKE["small"] = lambda: hyper(optax.sgd, learning_rate=learn(0.1), by=optax.sgd(0.1))
 
 
-@pytest.mark.parametrize("make", ["small", *(pytest.param(m, marks=pytest.mark.slow) for m in ("auto", "replay"))])  # fmt: skip
+SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in ("auto", "replay")]
+
+
+@pytest.mark.parametrize("make", ["small", *SLOW])
 def test_types_hold_on_an_explicit_mesh_without_jit(make):
     """optax's own test: an eager update, whose state has the shardings of the first."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
