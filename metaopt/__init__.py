@@ -4,6 +4,8 @@
   tx = metaopt.hyper(optax.adamw, learning_rate=learn(1e-3), by=optax.sgd(0.02))
   tx = metaopt.hyper(optax.sgd, learning_rate=learn(1e-2), by=metaopt.hyper(optax.adam, learning_rate=learn(1e-3), by=...))
 
+  optax.tree.get(state, "learning_rate")     # to log; metaopt.learned(state) has all there is to see
+
 Read in this order: learn.py (what is learned), hyper.py (the algorithm), signals.py and closed.py (its gradients),
 guards.py, auto.py (our defaults), paper.py (the paper's own optimizers), inspect.py (what to log).
 """

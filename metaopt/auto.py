@@ -39,9 +39,11 @@ def auto(
 
     Where it stalls: without gradient noise (the whole data set in each batch, a small deterministic task), and after a
     large shift of the target or one outlier gradient, the rate can fall and not come back; training then stands still,
-    with no error. `metaopt.learned(state)["of_peak/learning_rate"]` is the rate over its largest so far: below 1e-4 it has
-    stalled. Then set it again (`state = optax.tree.set(state, learning_rate=1e-3)`), or start anew with a signal of the
-    last update alone (`trace=Trace()`), clipping inside the factory against outliers, or a fixed rate.
+    with no error. `metaopt.learned(state)["of_peak/learning_rate"]` is the rate over its largest so far: below 1e-4, with a
+    loss that is not at its minimum, it has stalled. On deterministic tasks use the signal of the last update alone
+    (`trace=Trace()`), against outliers clipping inside the factory. In a run that has stalled,
+    `state = optax.tree.set(state, learning_rate=1e-3)` sets the rate again; it falls again if its reason is still there,
+    and then a fixed rate is better.
 
     To log: `optax.tree.get(state, "learning_rate")`, or `metaopt.learned(state)` for all there is to see.
 

@@ -18,12 +18,13 @@ from metaopt.signals import Method, Trace, choose, pack_sum, refuse_unkept, scal
 class HyperState(NamedTuple):
     """One level of a tower; plain arrays only.
 
-    updates i32[]: how many were done.  values: what is learned, by keyword, in natural units, as used in the last update;
+    updates i32[]: how many were done.  values: what is learned, by keyword, in natural units, as used in the last update.
     `optax.tree.get(state, "learning_rate")` finds it, and what `optax.tree.set(state, learning_rate=0.5)` puts there is
-    what the next update uses (a value that the keyword cannot have is not taken).  used: the values again, to see
-    that.  raws: learned hyperparameters, unconstrained.  slopes: the last hypergradients by them, before guards.  base: the
-    base optimizer's state.  by: the upper optimizer's, packed (`inspect.levels` unpacks it).  memory: what the signal
-    needs of the last update.  guard: what the guards remember.  moved bool[]: whether there is a last update to judge.
+    what the next update uses, unless `max_move` shortens it; a value that the keyword cannot have is not taken.
+    used: the values again, to see what was set.  raws: learned hyperparameters, unconstrained.  slopes: the last
+    hypergradients by them, before guards.  base: the base optimizer's state.  by: the upper optimizer's, packed
+    (`inspect.levels` unpacks it).  memory: what the signal needs of the last update.  guard: what the guards remember.
+    moved bool[]: whether there is a last update to judge.
 
     Rows (used, raws, slopes) are in the order of the keywords' names; `raw` and `signals` give them with their names.
     """

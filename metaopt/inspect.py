@@ -62,7 +62,7 @@ def learned(opt_state: Any) -> dict[str, jax.Array]:
                                never learned
       skipped/by               how many steps of the upper optimizer were not finite and not taken
       of_peak/learning_rate    the rate over its largest so far (since it was set, or rolled back), without its schedule;
-                               below 1e-4 it has stalled, see `auto`
+                               below 1e-4 it has stalled, unless the loss is at its minimum; see `auto`
       by/...                   the same of the level above
 
     With several towers (`optax.partition`) each name begins with its label: "matrices/learning_rate". Values have a shape

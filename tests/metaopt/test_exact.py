@@ -61,14 +61,17 @@ def start(specs):
 PARAMS = {"w": np.array([0.4, -0.7, 0.2])}
 
 
-@pytest.mark.parametrize("what", ["learning_rate", "weight_decay"])
-def test_large_decay_is_differentiated_as_it_is_done(what):
+@pytest.mark.parametrize("what, modes", [
+    ("both", ["closed"]),
+    pytest.param("both", ["tangent", "replay"], marks=pytest.mark.slow),
+    pytest.param("weight_decay", ["closed"], marks=pytest.mark.slow),
+])  # fmt: skip
+def test_large_decay_is_differentiated_as_it_is_done(what, modes):
     """AdamW's closed form solves for the last weights, of which rate x decay = 1 leaves nothing."""
     values = {"learning_rate": 0.5, "weight_decay": 1.0}
-    constants = {} if what == "learning_rate" else {"learning_rate": values.pop("learning_rate")}
+    constants = {} if what == "both" else {"learning_rate": values.pop("learning_rate")}
     with float64():
         specs = learned(values)
-        modes = ["closed", "tangent", "replay"] if what == "learning_rate" else ["closed"]
         runs = {mode: judge(optax.adamw, mode, specs, **constants) for mode in modes}
         for product in (0.3, 0.5, 0.9, 1.0, 1.5, 3.0):
             raw = start(specs) | {"weight_decay": jnp.log(product / 0.5)}
@@ -111,11 +114,16 @@ def complex_loss(p, i):
     return jnp.mean(jnp.abs(z - 1) ** 2) + jnp.sum(jnp.abs(p["z"] * p["r"] + 1j) ** 2)
 
 
-@pytest.mark.parametrize("mode", ["closed", "tangent", "replay"])
-@pytest.mark.parametrize("factory, more", [
+RULES = [
     (optax.adamw, {"b2": 0.9, "weight_decay": 0.1}),
-    pytest.param(optax.sgd, {"momentum": 0.9}, marks=pytest.mark.slow),
-    pytest.param(optax.rmsprop, {"decay": 0.9}, marks=pytest.mark.slow),
+    (optax.sgd, {"momentum": 0.9}),
+    (optax.rmsprop, {"decay": 0.9}),
+]
+
+
+@pytest.mark.parametrize("factory, more, mode", [
+    (*RULES[0], "closed"),
+    *(pytest.param(*rule, mode, marks=pytest.mark.slow) for rule in RULES for mode in ("closed", "tangent", "replay")),
 ])  # fmt: skip
 def test_complex_parameters_have_real_hyperparameters(factory, more, mode):
     """Signals are Re(conj(g) u): slopes of the next loss."""
@@ -130,6 +138,7 @@ def test_complex_parameters_have_real_hyperparameters(factory, more, mode):
             assert float(signals[name]) == want, name
 
 
+@pytest.mark.slow
 def test_guards_and_traces_take_complex_parameters():
     params = {"z": jnp.array([1 + 2j, 0.5j], jnp.complex64)}
     tx = metaopt.auto(optax.adam, guards=Guards(rollback=Rollback()))
@@ -144,7 +153,10 @@ def test_guards_and_traces_take_complex_parameters():
 
 
 @pytest.mark.parametrize("factory, values", [
-    (optax.contrib.momo_adam, {"learning_rate": 0.01, "eps": 1e-3, "weight_decay": 0.1}),
+    pytest.param(
+        optax.contrib.momo_adam, {"learning_rate": 0.01, "b1": 0.9, "b2": 0.9, "eps": 1e-3, "weight_decay": 0.1},
+        marks=pytest.mark.slow,
+    ),
     (optax.polyak_sgd, {"max_learning_rate": 50.0, "scaling": 0.3, "f_min": 0.001}),
 ])  # fmt: skip
 def test_the_loss_of_the_last_update_is_replayed(factory, values):

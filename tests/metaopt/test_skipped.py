@@ -64,7 +64,8 @@ def branched(learning_rate, b2):
     return optax.GradientTransformation(tx.init, update)
 
 
-@pytest.mark.parametrize("mode", ["tangent", pytest.param("replay", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["tangent", "replay"])
 def test_roots_of_zero_are_safe_inside_a_branch(mode):
     values = dict(learning_rate=learn(0.01), b2=learn(0.9), by=optax.sgd(0.1), mode=mode)
     ours, plain = (trained(hyper(f, **values))[1] for f in (branched, optax.adam))
@@ -74,9 +75,11 @@ def test_roots_of_zero_are_safe_inside_a_branch(mode):
         assert int(metaopt.learned(ours)[f"skipped/{name}"]) == 0
 
 
-def test_a_cube_root_learns():
+@pytest.mark.parametrize("mode", ["tangent", pytest.param("replay", marks=pytest.mark.slow)])
+def test_a_cube_root_learns(mode):
     """MADGRAD divides by the cube root of a sum that is zero where there was no gradient."""
-    state = trained(auto(optax.contrib.madgrad))[1]
+    tx = hyper(optax.contrib.madgrad, learning_rate=learn(1e-3), by=optax.sgd(0.1), mode=mode)
+    state = trained(tx)[1]
     assert float(state.values["learning_rate"]) > 1.1e-3 and "skipped" not in metaopt.describe(
         state
     )
@@ -146,9 +149,8 @@ def test_guards_that_are_not_given_stay_as_auto_has_them():
         1e-3, rel=1e-4
     )  # a tenth, of which the first update gets a hundredth
     assert first(guards=Guards(rollback=Rollback())) == pytest.approx(1e-3, rel=1e-4)
-    assert first(guards=Guards(settle=0)) == pytest.approx(0.1, rel=1e-4)
-    assert first(guards=Guards(max_move=0.5)) == pytest.approx(5e-3, rel=1e-4)
-    for off in (Guards(max_move=0), Guards.none(), None):
+    assert first(guards=Guards(max_move=0.5, settle=0)) == pytest.approx(0.5, rel=1e-4)
+    for off in (Guards(max_move=0), None):
         assert first(guards=off) > 1e5, "said in so many words"
 
 
