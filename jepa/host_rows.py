@@ -70,20 +70,15 @@ def host_rows(
         std_D = np.sqrt(square_D)
         alive_D = std_D > _DEAD * np.abs(mean_D)
         scale_D = np.where(alive_D, 1 / np.where(alive_D, std_D, 1), 0)
-    rows = HostRows(
-        features_ID,
-        np.float32(mean_D),
-        np.float32(scale_D),
-        None,
-        chunk,  # pyright: ignore
-    )
+    mean_D, scale_D = np.asarray(mean_D, np.float32), np.asarray(scale_D, np.float32)
+    rows = HostRows(features_ID, mean_D, scale_D, None, chunk)
     if not rotate:
         return rows
     sum_DD = jnp.zeros((D, D), jnp.float32)
     for start in range(0, count, chunk):
         sum_DD = _add_products(sum_DD, rows.take(slice(start, start + chunk)))
     _, axes_DD = jnp.linalg.eigh(sum_DD / count)
-    return HostRows(features_ID, rows.mean_D, rows.scale_D, axes_DD, chunk)
+    return HostRows(features_ID, mean_D, scale_D, axes_DD, chunk)
 
 
 def _chunks(features_ID: np.ndarray, chunk: int) -> Iterator[np.ndarray]:

@@ -227,7 +227,7 @@ def test_a_damaged_image_ends_a_run_in_one_line_or_is_counted(
     flags = [
         "launch", "--config=experiments/configs/jepa/scenes.py:smoke", f"--workdir={tmp_path}/run",
         f"--config.data.name=folder:{damaged}", f"--config.data.workers={workers}", "--config.train.steps=9",
-        "--config.train.batch=8", "--config.probe.train_examples=0",
+        "--config.train.batch=8", "--config.train.eval_every=9", "--config.probe.train_examples=0",
     ]  # fmt: skip
     assert launch_in_this_process(flags) == 2
     text = capsys.readouterr().err
