@@ -11,6 +11,7 @@ recipe. Exit codes: 0 fits, 1 does not fit or does not compile, 2 a setting is w
 
 import argparse
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -46,6 +47,7 @@ class Report:
       flops: of the whole step, all chips, matrix products only.
       collectives: kind -> (count, GiB moved through one chip), loops counted in full.
       seconds_at_peak: FLOPs over the pod's bf16 peak: the least time a step can take.
+      config_hash, libtpu: of the whole config, and the compiler's version; "" in rows of before they were kept.
     """
 
     config: str
@@ -60,6 +62,8 @@ class Report:
     seconds_at_peak: float
     collectives: dict[str, tuple[int, float]]
     compile_seconds: float
+    config_hash: str = ""
+    libtpu: str = ""
 
     @property
     def fits(self) -> bool:
@@ -78,6 +82,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
     from common.config import ConfigError
     from common.flops import PEAK_FLOPS, traced_flops
     from common.mesh import make_mesh
+    from common.results import config_hash
     from common.sharding import batch_sharding, replicated
     from common.state import abstract_with_shardings, state_shardings
     from common.train_step import make_train_step
@@ -125,6 +130,8 @@ def check(config: dict[str, Any], topology: str) -> Report:
         seconds_at_peak=flops / (peak * len(devices)),
         collectives=count_collectives(compiled.as_text()),
         compile_seconds=seconds,
+        config_hash=config_hash(config),
+        libtpu=importlib.metadata.version("libtpu"),
     )  # fmt: skip
 
 
@@ -267,18 +274,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--missing",
         action="store_true",
-        help="with --all: skip what the table has for this topology",
+        help="with --all: skip what the table has for this topology, of the recipe as it is now",
     )
     args = parser.parse_args(argv)
     if bool(args.config) == args.all:
         parser.error("give either --config or --all")
+    from common.results import config_hash
+    from experiments.jobs import explain
+
     here = Path(__file__).parent / "configs" / "jepa"
     table = json.loads(TABLE.read_text()) if args.all and TABLE.exists() else []
-    have = {row["config"] for row in table if row["topology"] == args.topology}
-    names = [name for name in RELEASED if not (args.missing and name in have)]
-    paths = [here / f"{name}.py" for name in names] if args.all else [args.config]
-
-    from experiments.jobs import explain
+    known = {(row["topology"], row.get("config_hash", "")) for row in table}
+    paths = [here / f"{name}.py" for name in RELEASED] if args.all else [args.config]
+    if args.missing:
+        paths = [p for p in paths if (args.topology, config_hash(_load(str(p)))) not in known]
 
     fit = True
     for path in paths:
@@ -286,10 +295,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             report = _compiled(str(path), args.topology)
         except Exception as error:
-            if (known := explain(error)) is None:
+            if (told := explain(error)) is None:
                 raise
-            print(f"error: {known[0]}", file=sys.stderr)
-            return known[1]
+            print(f"error: {told[0]}", file=sys.stderr)
+            return told[1]
         fit = fit and report is not None and report.fits
         if report is not None:
             print(describe(report), flush=True)

@@ -10,6 +10,7 @@ import sys
 import jax
 import pytest
 
+from common.results import config_hash
 from experiments import preflight
 
 HLO = """
@@ -112,6 +113,25 @@ def test_one_that_does_not_fit_leaves_the_others_their_turn(monkeypatch, capsys,
         *preflight.RELEASED
     } - {"in1k_vith14"}
     assert capsys.readouterr().out.count("FITS") == 3
+
+
+def test_missing_is_what_the_table_lacks_of_the_recipe_as_it_is_now(monkeypatch, tmp_path):
+    row, seen = json.loads(preflight.TABLE.read_text())[0], []
+
+    def check(values, topology):
+        seen.append(values["name"])
+        found = {**row, "config": values["name"], "collectives": {}}
+        return preflight.Report(**found | {"config_hash": config_hash(values)})
+
+    monkeypatch.setattr(preflight, "check", check)
+    monkeypatch.setattr(preflight, "TABLE", tmp_path / "table.json")
+    assert preflight.main(["--all"]) == preflight.main(["--all", "--missing"]) == 0
+    assert seen == [*preflight.RELEASED]
+    table = json.loads(preflight.TABLE.read_text())
+    table[0]["config_hash"] = "of another rate"
+    preflight.TABLE.write_text(json.dumps(table))
+    assert preflight.main(["--all", "--missing"]) == 0
+    assert seen == [*preflight.RELEASED, table[0]["config"]]
 
 
 def test_another_job_is_refused_by_name(capsys):
