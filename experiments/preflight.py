@@ -31,6 +31,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 RELEASED = ("in1k_vith14", "in1k_vith16_448", "in22k_vith14", "in22k_vitg16")
 TABLE = Path(__file__).parent / "results" / "preflight.json"
+KINDS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5", "v6e": "TPU v6"}  # as JAX calls them
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # per chip, as Google documents them
 # A v4 chip's two cores are one device, as on a real pod; libtpu's default for this topology alone is a device each.
 CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
@@ -100,10 +101,8 @@ def check(config: dict[str, Any], topology: str) -> Report:
         raise ConfigError(str(error)) from error
     rows = batch_sharding(mesh)
     state = abstract_with_shardings(abstract, sharding)
-    batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
-        for name, x in recipe.batch_shapes(settings.train.batch).items()
-    }
+    shapes = recipe.batch_shapes(settings.train.batch)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
     step = make_train_step(recipe, settings.train.accumulate)
     expected = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     began = time.perf_counter()
@@ -116,7 +115,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
         flops = traced_flops(step, state, batch, expected)
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    peak = PEAK_FLOPS[{"v5e": "TPU v5e", "v4": "TPU v4", "v5p": "TPU v5", "v6e": "TPU v6"}[chip]]
+    peak = PEAK_FLOPS[KINDS[chip]]
     return Report(
         config=settings.name,
         topology=topology,
