@@ -35,6 +35,7 @@ FREE = (
     "mesh",
     "train.accumulate",
     "data.workers",
+    "data.skip_bad",  # batches are the same up to the first damaged image, and the row counts what was skipped
     "data.data_dir",
     "task.data_dir",
     "train.log_every",

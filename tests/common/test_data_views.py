@@ -114,8 +114,8 @@ def test_skipping_is_a_function_of_the_files(folder):
     whole = batches(open_source(f"folder:{folder}", skip_bad=True))
     assert_same(batches(open_source(f"folder:{folder}", skip_bad=True), 3, start=5), whole[5:])
     halves = [
-        batches(open_source(f"folder:{folder}", skip_bad=True), process=p, num_processes=2)
-        for p in range(2)
+        batches(open_source(f"folder:{folder}", skip_bad=True), held=((start, start + 5),))
+        for start in (0, 5)
     ]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*halves)]
     assert_same(joined, whole)

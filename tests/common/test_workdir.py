@@ -106,7 +106,7 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
 
 def test_impossible_folders_are_refused(tmp_path):
     for path in ["", "gs://bucket/run", "/proc/run", "/dev/full/run", tmp_path / ("x" * 300)]:
-        with pytest.raises(WorkdirError, match=r"^(workdir|the workdir) ") as refusal, hold(path):
+        with pytest.raises(WorkdirError, match=r"^(the )?workdir[ =]") as refusal, hold(path):
             pass
         assert "\n" not in str(refusal.value)
 

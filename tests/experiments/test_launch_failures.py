@@ -2,7 +2,6 @@
 
 import os
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +38,17 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
-def out_of_memory(values, workdir):
+def out_of_memory(run):
     return np.asarray(jnp.zeros(2**50))  # a pebibyte
 
 
-def no_mesh(values, workdir):
+def no_mesh(run):
     raise NotImplementedError(
         "Failed to find assignment for logical_axis_index 1 of size 16 with remaining assignable mesh [8, 8, 0].\nMore"
     )
 
 
-def no_backend(values, workdir):
+def no_backend(run):
     raise RuntimeError("Unable to initialize backend 'tpu': no libtpu (set JAX_PLATFORMS='' to ..)")
 
 
@@ -73,7 +72,7 @@ def test_trouble_of_the_machine_is_one_line(run, job, code, words):
     ids=repr,
 )
 def test_a_bug_keeps_its_traceback(run, bug):
-    def job(values, workdir):
+    def job(run):
         raise bug
 
     with pytest.raises(type(bug), match="x"):
@@ -110,7 +109,7 @@ def test_no_job_takes_a_bucket_for_its_workdir(monkeypatch, tmp_path, capsys, pa
 
 
 def test_reproduce_ends_a_part_that_runs_out_of_memory_with_a_line(monkeypatch, tmp_path, caplog):
-    monkeypatch.setattr(reproduce.pkgutil, "resolve_name", lambda name: partial(out_of_memory, {}))
+    monkeypatch.setattr(reproduce.pkgutil, "resolve_name", lambda name: out_of_memory)
     assert reproduce.main(["--only=sinks", f"--workdir={tmp_path}"]) == 1
     assert (
         "error: RESOURCE_EXHAUSTED: Out of memory" in caplog.text and "failed: sinks" in caplog.text

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from common import plots
 from common.workdir import hold
 from experiments import jepa_pretrain
 from tests.experiments import test_launch_errors as launching
@@ -43,7 +44,7 @@ def test_a_workdir_that_is_a_file_is_refused(refusal, tmp_path):
 def test_a_bucket_is_refused_before_anything_is_made(refusal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = f"--config={os.path.join(os.path.dirname(jepa_pretrain.__file__), 'configs/jepa/scenes.py')}:smoke"
-    assert "need a file system" in refusal(config, workdir="gs://bucket/run")
+    assert "not a path of a file system" in refusal(config, workdir="gs://bucket/run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +58,7 @@ def test_a_full_disk_is_one_line_though_the_picture_fails_too(start, tmp_path, m
         begun(workdir)
         raise FULL
 
-    monkeypatch.setattr(jepa_pretrain, "curves", raising(FULL))
+    monkeypatch.setattr(plots, "curves", raising(FULL))
     code, text = start(SMOKE, train=train)
     assert code == 1
     assert text.startswith(f"error: no space left on {tmp_path}/run") and text.count("\n") == 1
@@ -69,7 +70,7 @@ def test_a_picture_that_fails_hides_nothing_and_stops_nothing(start, monkeypatch
         begun(workdir)
         raise KeyError("the cause")
 
-    monkeypatch.setattr(jepa_pretrain, "curves", raising(ValueError("no font")))
+    monkeypatch.setattr(plots, "curves", raising(ValueError("no font")))
     with pytest.raises(KeyError, match="the cause"):
         start(SMOKE, train=train)
     assert "curves.png is not drawn: no font" in caplog.text
@@ -82,7 +83,7 @@ def test_probes_that_fail_are_a_failure_that_the_same_command_mends(
         begun(workdir)
         return SimpleNamespace(extra={"target": {}}), {}
 
-    monkeypatch.setattr(jepa_pretrain, "curves", lambda rows, path: path.touch())
+    monkeypatch.setattr(plots, "curves", lambda rows, path: path.touch())
     monkeypatch.setattr(jepa_pretrain, "linear_probes", raising(ValueError("labels of -1")))
     code, _ = start(SMOKE, train=train)
     assert code == 1 and not (tmp_path / "run" / "result.json").exists()
