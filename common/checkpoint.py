@@ -103,8 +103,8 @@ class Checkpointer:
             if not is_full(error):
                 raise
         if error is not None and is_full(error):
-            last = max(_listed(self._directory), default="none")
-            safe = f"the last good checkpoint is step {last}"
+            last = max(_listed(self._directory), default=None)
+            safe = "" if last is None else f"the last good checkpoint is step {last}"
             raise no_space(error, self._directory.parent, safe) from error
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any], *, wait: bool = False) -> None:

@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -305,6 +305,32 @@ class PreemptionGuard:
         elif now - self._signalled_at >= _DUPLICATE_SECONDS:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
+
+
+class Signalled(BaseException):
+    """SIGTERM or SIGUSR1 came. No Exception, so that nothing takes it for a failure of the work."""
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """For work that has nothing to save: the signals of `PreemptionGuard` raise Signalled at once.
+
+    In the main thread of a lone process only. Of several, one that left alone would leave the others waiting for it.
+    """
+    alone = not jax.distributed.is_initialized()
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise Signalled
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _await_jax_handler(seconds: float = 10.0) -> None:

@@ -125,6 +125,7 @@ def train(
     workdir: Path,
     meta: Mapping[str, Any],
     evals: Mapping[str, EvalFn] | None = None,
+    evaluate_again: bool = False,
 ) -> tuple[Any, dict[str, float]]:
     """Trains to `spec.steps` and returns (final state, ledger seconds of all parts).
 
@@ -134,6 +135,7 @@ def train(
       meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
         fails leaves "<name>_failed" in the rows; a restart runs those that metrics.jsonl lacks at its first step.
+      evaluate_again: they measure something else than before, so a restart repeats those at its first step.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
@@ -160,7 +162,8 @@ def train(
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
     evals = evals or {}
-    left = evals if restored is None else unrecorded(evals, workdir, start)  # at the first step
+    anew = restored is None or evaluate_again
+    left = evals if anew else unrecorded(evals, workdir, start)  # at the first step
 
     step_fn = jax.jit(
         make_train_step(recipe, spec.accumulate),
@@ -245,10 +248,11 @@ def train(
             ledger.charge("input")
             if step == start:
                 log.info("compiling the step (about a minute the first time) ...")
+                before = ledger.seconds.get("compile", 0.0)
                 step_fn = step_fn.lower(state, batch, jnp.int32(step)).compile()
                 set_fragments_aside()
                 ledger.charge("compile")
-                log.info("compiled in %.1f s", ledger.seconds["compile"])
+                log.info("compiled in %.1f s", ledger.seconds["compile"] - before)
             with annotate(step):
                 state, metrics = step_fn(state, batch, jnp.int32(step))
             flush()

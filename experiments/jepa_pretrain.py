@@ -5,6 +5,7 @@ row with everything needed to run it again).
 """
 
 import importlib.util
+import json
 import logging
 import os
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from common.checkpoint import Checkpointer, CheckpointSpec
+from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
 from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
@@ -23,7 +24,7 @@ from common.data import (
     prefetch_to_device,
     train_batches,
 )
-from common.distributed import EXIT_PREEMPTED, require_same
+from common.distributed import EXIT_PREEMPTED, Signalled, require_same, stopped_by_signals
 from common.evaluation import EvaluationFailed, describe
 from common.mesh import auto_mesh, make_mesh
 from common.plots import draw_curves
@@ -35,10 +36,13 @@ from experiments.facts import data_facts
 from experiments.jepa_data import Sets, check_sets, open_sets
 from experiments.jepa_eval import encode_fn, linear_probes, online_monitor
 from experiments.jepa_settings import DataSettings, Settings, resolve
-from experiments.run import Run, job
+from experiments.run import Run, job, within
 from jepa.recipe import AddMasks
 
 log = logging.getLogger("triptych")
+
+# Settings of evaluations alone: they may change, on purpose, when all steps are done, and all is measured again.
+EVALUATIONS = ("probe", "data.test_split", "data.probe_split", "data.eval_resize")
 
 
 @job()
@@ -48,14 +52,11 @@ def run(run: Run) -> int:
     settings, sets, mesh = begin(run.values)
     recipe, spec = settings.recipe, settings.train
     try:
-        _check_writers(settings)
-        spec.check_mesh(mesh)
-        abstract, _ = state_shardings(recipe, mesh)
         loader, add_masks, data_print = _stream(settings, sets, mesh)
         keep = CheckpointSpec(settings.checkpoint.keep)
+        _describe(run, settings, len(sets.train), mesh)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    _describe(settings, len(sets.train), mesh, abstract.params)
 
     def batches(start: int) -> Iterator[dict]:
         host = train_batches(
@@ -68,6 +69,8 @@ def run(run: Run) -> int:
         return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
 
     def open_writer(restored_step: int):
+        if restored_step >= 0:
+            _check_resumed(run, restored_step, spec.steps, meta)
         run.begin(None if restored_step < 0 else restored_step)
         return make_writer(
             workdir,
@@ -79,6 +82,7 @@ def run(run: Run) -> int:
             wandb=_wandb(settings),
         )
 
+    meta = {"config": settings.values, "data": data_print, "sets": _measured_on(sets)}
     try:
         with Checkpointer(workdir / "checkpoints", keep) as saver:
             state, seconds = train(
@@ -89,8 +93,9 @@ def run(run: Run) -> int:
                 open_writer=open_writer,
                 checkpointer=saver,
                 workdir=workdir,
-                meta={"config": settings.values, "data": data_print},
+                meta=meta,
                 evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
+                evaluate_again=run.resume == "changed",
             )
     except Preempted as stop:
         log.warning("%s; start the same command again to continue", stop)
@@ -121,6 +126,35 @@ def _stream(
     return loader, add_masks, data_print
 
 
+def _measured_on(sets: Sets) -> dict[str, Any]:
+    """The sets of the evaluations, as JSON gives them back: they may not change under a run without a word."""
+    named = {"bank": sets.bank, "test": sets.test}
+    prints = {k: {**getattr(v, "identity", {}), "length": len(v)} for k, v in named.items()}
+    return json.loads(json.dumps(prints))
+
+
+def _check_resumed(run: Run, step: int, steps: int, meta: Mapping[str, Any]) -> None:
+    """Refuses settings that would reach the row, but neither the training nor the evaluations that are left.
+
+    Raises:
+      ConfigError: with the remedy.
+    """
+    unused = [name for name in run.changed if not within(name, (*EVALUATIONS, "name"))]
+    if step >= steps and unused:
+        raise ConfigError(
+            f"{run.workdir} is trained to its end, step {step}: {', '.join(unused)} would change nothing but its row. Raise "
+            "config.train.steps, or take another --workdir"
+        )
+    saved = read_meta(run.workdir / "checkpoints").get("sets", meta["sets"])
+    changed = [k for k in meta["sets"] if saved.get(k) != meta["sets"][k]]
+    if changed and run.resume == "same":
+        lines = [f"  {k}: saved {saved.get(k)}, now {meta['sets'][k]}" for k in changed]
+        raise ConfigError(
+            "\n".join([f"{run.workdir} was evaluated on other images:", *lines,
+                       "Take another --workdir, or go on with these on purpose: --resume=changed"])
+        )  # fmt: skip
+
+
 def _finish(
     run: Run, settings: Settings, sets: Sets, mesh: Mesh, state: Any, seconds: Mapping[str, float]
 ) -> int:
@@ -130,7 +164,13 @@ def _finish(
         log.info("linear probe on frozen features of the target encoder")
         encode, probing = encode_fn(recipe.encoder, state.extra["target"]), time.perf_counter()
         try:
-            metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
+            with stopped_by_signals():
+                metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
+        except Signalled:
+            log.warning(
+                "stopped by a signal; the trained state is saved; start the same command again to probe it"
+            )
+            return EXIT_PREEMPTED
         except Exception as error:  # any: the training before it must not look lost
             why = describe(error, "linear probes", run.workdir)
             log.error(
@@ -160,7 +200,9 @@ def begin(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
         sets = open_sets(build(DataSettings, values["data"], "config.data."))
         settings = resolve(values, len(sets.train))
         check_sets(settings, sets)
-        return settings, sets, make_mesh(settings.mesh)
+        _check_writers(settings)
+        settings.train.check_mesh(mesh := make_mesh(settings.mesh))
+        return settings, sets, mesh
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
@@ -179,8 +221,14 @@ def _wandb(settings: Settings) -> dict[str, Any] | None:
     return {"project": project, "config": settings.values}
 
 
-def _describe(settings: Settings, examples: int, mesh: Mesh, params: dict) -> None:
+def _describe(run: Run, settings: Settings, examples: int, mesh: Mesh) -> None:
+    if "data.examples" in run.overrides:
+        log.warning(
+            "config.data.examples=%d is what preflight counts on; this set has %d images, and all are used",
+            settings.data.examples, examples,
+        )  # fmt: skip
     model, masks = settings.recipe.model, settings.recipe.masks
+    params = state_shardings(settings.recipe, mesh)[0].params
     count = {k: sum(p.size for p in jax.tree.leaves(v)) / 1e6 for k, v in params.items()}
     log.info(
         "%s: %d images, encoder %.2f M + predictor %.2f M parameters, grid %dx%d, context %d tokens, %d targets of up "

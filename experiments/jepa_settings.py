@@ -212,10 +212,8 @@ def _steps(epochs: float, steps: int, per_epoch: int, batch: int, examples: int)
         raise ConfigError(
             f"config.train.epochs={epochs} and config.train.steps={steps}: set exactly one of them"
         )
-    if steps:
-        return steps
-    if not per_epoch:
+    if examples and not per_epoch:
         raise ConfigError(
             f"config.train.batch={batch} is larger than the {examples} training images: lower it"
         )
-    return int(epochs * per_epoch)
+    return steps or int(epochs * per_epoch)

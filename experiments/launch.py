@@ -18,6 +18,7 @@ On a pod start the same command on every host; on a cluster without auto-detecti
 import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 import jax
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
             f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE"
         )
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.getLogger("triptych").setLevel(logging.INFO)
 
     where = f"{config.get('job')} {config.get('name', '')} in {_WORKDIR.value}"

@@ -144,7 +144,10 @@ class Run:
         if fixed:
             remedy += f": what is measured here belongs to one {', '.join(fixed)}, so that cannot change on purpose either"
         elif self.has_flag:
-            remedy = "Take another --workdir, or go on with the new settings on purpose: --resume=changed"
+            remedy = (
+                "Take another --workdir, or go on with the new settings on purpose: --resume=changed (what decides the "
+                "stream of training data, or the shapes of the state, cannot change)"
+            )
         raise ConfigError(
             "\n".join([f"{self.workdir} holds a run with other settings:", *lines, remedy])
         )

@@ -198,6 +198,48 @@ def test_another_rate_does_not_continue_a_run_without_a_word(refusal, start, beg
         start(*RESUMED, *free)
 
 
+def test_a_run_that_is_trained_to_its_end_takes_settings_of_evaluations_alone(
+    start, refusal, tmp_path
+):
+    ran = []
+
+    def train(recipe, spec, *, meta, open_writer, checkpointer, workdir, **kwargs):
+        trained = (workdir / "checkpoints").exists() and checkpointer.steps()
+        open_writer(spec.steps if trained else -1).close()
+        ran.append(kwargs["evaluate_again"])
+        checkpointer.save(
+            spec.steps, {"a": jax.numpy.zeros(1)}, meta, wait=True
+        ) if not trained else None
+        raise Preempted("done")
+
+    assert start(*RESUMED, train=train)[0] == 75
+    changed = ("--resume=changed", "--config.objective.vicreg=0.1")
+    assert "objective.vicreg would change nothing" in refusal(*RESUMED, *changed, train=train)
+    assert ran == [False]
+    probe = ("--resume=changed", "--config.probe.neighbors=1")
+    assert start(*RESUMED, *probe, train=train)[0] == 75 and ran == [False, True]
+
+
+def test_other_test_images_are_refused_by_name(refusal, begun, monkeypatch):
+    before = begun()
+    monkeypatch.setattr(
+        jepa_pretrain, "_measured_on", lambda sets: {"bank": {}, "test": {"length": 59}}
+    )
+
+    def resumed(recipe, spec, *, open_writer, **kwargs):
+        open_writer(0)
+
+    text = refusal(*RESUMED, train=resumed, lines=4)
+    assert "evaluated on other images" in text and "now {'length': 59}" in text
+    assert begun() == before
+
+
+def test_a_batch_larger_than_the_set_is_refused(refusal):
+    assert "config.train.batch=5000 is larger than" in refusal(
+        SMOKE, "--config.train.batch=5000", "--config.masks.collate=1"
+    )
+
+
 def test_a_run_knows_what_the_command_line_changed(start, monkeypatch):
     runs = []
     monkeypatch.setattr(jobs, "find", lambda name: lambda run: runs.append(run) or 0)

@@ -78,7 +78,8 @@ def test_other_settings_are_refused_by_name_before_anything_happens(tmp_path):
         f"{tmp_path} holds a run with other settings:",
         "  config.optim.lr: saved 0.001, now 0.05",
         "  config.data.crop: saved [0.3, 1.0], now [0.5, 1.0]",
-        "Take another --workdir, or go on with the new settings on purpose: --resume=changed",
+        "Take another --workdir, or go on with the new settings on purpose: --resume=changed (what decides the stream of "
+        "training data, or the shapes of the state, cannot change)",
     ]
     assert files(tmp_path) == before
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,11 @@ def test_probes_that_fail_are_a_failure_that_the_same_command_mends(
     (line,) = [r.getMessage() for r in caplog.records if "failed" in r.getMessage()]
     assert "linear probes failed: ValueError: labels of -1" in line and "same command" in line
     assert (tmp_path / "run" / "curves.png").exists()
+
+    told = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(jepa_pretrain, "linear_probes", told)
+    code, _ = start(SMOKE, train=train)
+    assert code == 75 and not (tmp_path / "run" / "result.json").exists()
 
     monkeypatch.setattr(jepa_pretrain, "linear_probes", lambda *_, **__: {"linear_label": 0.5})
     code, _ = start(SMOKE, train=train)

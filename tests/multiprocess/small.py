@@ -14,6 +14,7 @@ from common.train_loop import TrainSpec, train
 from common.writers import make_writer, read_rows
 from experiments import sinks_pretrain
 from experiments.configs.sinks.pretrain import get_config
+from experiments.run import Run
 from jepa.recipe import AddMasks
 from tests.jepa.test_meshes import recipe
 
@@ -91,7 +92,7 @@ def pretrain_sinks(workdir):
     values["train"] |= {"steps": 2, "save_every": 0}
     values["model"] |= {"depth": 1}
     values["mesh"] |= {"fsdp": 2, "tensor": 2}
-    assert sinks_pretrain.run(values, workdir) == 0
+    assert sinks_pretrain.run(Run(values, workdir)) == 0
 
 
 def metrics(workdir):
