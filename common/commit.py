@@ -10,19 +10,22 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 # Files whose changes can change a result. Reports, notebooks and committed rows cannot.
 CODE = ("*.py", "pyproject.toml", "constraints*.txt", ":(exclude)tests")
+PACKAGES = ("common", "jepa", "sinks", "metaopt", "experiments")
 
 
 def find_commit() -> str:
     """The git commit of the checkout that this module lies in.
 
-    "+dirty" follows where tracked code differs from it, "+unchecked" where git cannot be asked for that. Outside a checkout
-    it is the commit that pip installed from, or "v" and the installed version, or "unknown".
+    "+dirty" follows where tracked code differs from it or a package holds a module that git does not track, "+unchecked"
+    where git cannot be asked for that. Outside a checkout it is the commit that pip installed from, or "v" and the
+    installed version, or "unknown".
     """
     root = next((p for p in HERE.parents if (p / ".git").exists()), None)
     if root is not None:
         try:
             _git(root, "ls-files", "--error-unmatch", str(HERE))  # not somebody else's checkout
             dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+            dirty = dirty or _untracked(root)
             return _git(root, "rev-parse", "HEAD") + ("+dirty" if dirty else "")
         except FileNotFoundError:  # no git on this machine
             if root == HERE.parents[1] and (commit := _head(root)):
@@ -30,6 +33,13 @@ def find_commit() -> str:
         except subprocess.CalledProcessError:
             pass
     return _installed()
+
+
+def _untracked(root: Path) -> bool:
+    """Whether a package holds a module that git neither tracks nor ignores: an import, or --config, may have read it."""
+    folders = [f":(literal){HERE.parents[1] / name}" for name in PACKAGES]
+    found = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *folders)
+    return any(name.endswith(".py") for name in found.split("\0"))
 
 
 def _git(root: Path, *args: str) -> str:

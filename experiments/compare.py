@@ -7,6 +7,7 @@ Every run is a workdir, or any folder or file of rows (metrics.jsonl). Runs stil
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.table import Table
 from common.plots import NOT_CURVES, curves
 from common.writers import read_rows
 
+KINDS = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")  # that need no TeX
 _NAME = 16  # a longer name goes over several lines
 
 Rows = Sequence[Mapping[str, float]]
@@ -34,24 +36,53 @@ def main(argv: list[str] | None = None) -> int:
         "--series", default="", help="by comma; default: all that more than one run has"
     )
     parser.add_argument("--names", default="", help="of the runs, by comma; default: their folders")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture")
+    parser.add_argument(
+        "--out", default="compare.png", help=f"the picture ({', '.join(KINDS)}), or its folder"
+    )
     args = parser.parse_args(argv)
     names = args.names.split(",") if args.names else names_of(args.runs)
-    if len(names) != len(args.runs) or len(set(names)) != len(names):
-        parser.error(f"--names={args.names}: needs {len(args.runs)} different names")
     try:
+        check_runs(args.runs)
+        if len(names) != len(args.runs) or len(set(names)) != len(names):
+            parser.error(f"--names={args.names}: needs {len(args.runs)} different names")
+        picture = picture_path(args.out)
         runs = {name: read(path) for name, path in zip(names, args.runs)}
         series = choose(runs, [s.strip() for s in args.series.split(",") if s.strip()])
+        draw(runs, series, picture)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    draw(runs, series, args.out)
     console = Console()
     print("last values")
     for table in tables(runs, series, console.width):
         console.print(table, crop=False)
-    print(f"drew {args.out}")
+    print(f"drew {picture}")
     return 0
+
+
+def check_runs(paths: Sequence[Path]) -> None:
+    """Raises ValueError where two paths lead to the same rows."""
+    first: dict[Path, Path] = {}
+    for path in paths:
+        other = first.setdefault(_file(path).resolve(), path)
+        if other is not path:
+            also = "" if str(other) == str(path) else f", also as {other}"
+            raise ValueError(f"{path} is given twice{also}: give each run once")
+
+
+def picture_path(out: str) -> Path:
+    """The file that --out means: compare.png in a folder, a PNG where no kind is named.
+
+    Raises ValueError for a kind that cannot be drawn.
+    """
+    path = Path(out).expanduser()
+    if path.is_dir() or out.endswith(os.sep):
+        return path / "compare.png"
+    if path.suffix in ("", "."):
+        return path.with_name(path.name.rstrip(".") + ".png")
+    if path.suffix[1:].lower() not in KINDS:
+        raise ValueError(f"--out={out}: a picture is one of {', '.join(KINDS)}")
+    return path
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -64,7 +95,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def read(path: Path) -> Rows:
     """The rows of a run. Raises ValueError where there are none."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
+    file = _file(path)
     if not file.exists():
         inside = sorted(p.parent for p in path.glob("**/metrics.jsonl"))[:3]
         hint = f"; did you mean {', '.join(map(str, inside))}?" if inside else ""
@@ -73,6 +104,10 @@ def read(path: Path) -> Rows:
     if not rows:
         raise ValueError(f"{file} has no rows yet")
     return rows
+
+
+def _file(path: Path) -> Path:
+    return path / "metrics.jsonl" if path.is_dir() else path
 
 
 def choose(runs: Mapping[str, Rows], wanted: Sequence[str]) -> list[str]:

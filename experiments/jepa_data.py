@@ -44,8 +44,8 @@ def check_sets(settings: Settings, sets: Sets) -> None:
     test = f"config.data.test_split={data.test_split!r}"
     if not probe.test_on_train and overlapping(sets.bank, sets.test):
         raise ConfigError(
-            f"{test} holds images that probes learn from ({bank}), so they would be tested on their own training "
-            "images. Choose another test_split, or, on purpose, set --config.probe.test_on_train=true"
+            f"{test} holds images that probes learn from ({bank}), or links to them, so they would be tested on their "
+            "own training images. Choose another test_split, or, on purpose, set --config.probe.test_on_train=true"
         )
     if len(sets.bank) < probe.neighbors:
         raise ConfigError(
@@ -53,7 +53,13 @@ def check_sets(settings: Settings, sets: Sets) -> None:
             "lower it"
         )
     if len(sets.test) < 2:
-        raise ConfigError(f"{test} has {len(sets.test)} image; the monitors compare 2 or more")
+        share = getattr(sets.test, "identity", {}).get("held_out")
+        remedy = "choose another config.data.test_split"
+        if share:
+            remedy = f"raise config.data.held_out={share:g}, or {remedy}"
+        raise ConfigError(
+            f"{test} has {len(sets.test)} image, and the monitors compare 2 or more: add images, {remedy}"
+        )
     _check_memory(settings, sets)
 
 

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from common.augment import normalize
 from common.data import Source, eval_batches, prefetch_to_device, read, skipped, subset
 from common.data.sources import is_number
+from common.progress import draws_bars
 from common.recipe import EvalFn
 from common.sharding import batch_sharding, batch_ways, rows_held
 from experiments.jepa_settings import Settings
@@ -78,7 +79,7 @@ def features(
     with (
         jax.set_mesh(mesh),
         prefetch_to_device(host, batch_sharding(mesh), batch=batch) as batches,
-        Progress(disable=not what, transient=True) as bar,
+        Progress(disable=not (what and draws_bars()), transient=True) as bar,
     ):
         task = bar.add_task(what, total=-(-total // batch))
         return extract(
@@ -139,7 +140,7 @@ def linear_probes(
     train = features(settings, mesh, encode, source, probe.train_examples, f"{what}: train")
     test = features(settings, mesh, encode, test_source, probe.test_examples, f"{what}: test")
     _probable(train, test, 2, set())
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, disable=not draws_bars()) as bar:
         task = bar.add_task(f"{what}: linear probes")
         results = probe_all(
             train, test, spec, lambda stage, i, n: bar.update(task, completed=i, total=n)

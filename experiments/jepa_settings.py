@@ -1,6 +1,7 @@
 """The settings of job "jepa_pretrain", from a config's dict to the library's dataclasses."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,26 @@ class DataSettings:
     def __post_init__(self):
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: give a share, at least 0 and below 1")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ConfigError(
+                f"config.data.crop_scale={self.crop_scale}: give the least and the largest share of the image's "
+                "area, both above 0 and at most 1, the smaller first"
+            )
+        low, high = self.crop_ratio
+        if not 0 < low <= high < math.inf:
+            raise ConfigError(
+                f"config.data.crop_ratio={self.crop_ratio}: give the least and the largest width / height, both "
+                "above 0, the smaller first"
+            )
+
+    def check_resize(self, image: int) -> None:
+        """Raises ConfigError unless the resized image holds the centre crop of `image` pixels."""
+        if self.eval_resize and self.eval_resize < image:
+            raise ConfigError(
+                f"config.data.eval_resize={self.eval_resize}: give config.model.image={image} pixels or more, or 0 "
+                "for just that"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,19 +179,13 @@ def resolve(values: Mapping[str, Any], examples: int = 0) -> Settings:
         raise ConfigError(f"config.{missing[0]} is missing")
     data = build(DataSettings, values["data"], "config.data.")
     examples = examples or data.examples
-    train_values = dict(values["train"])
-    per_epoch = examples // train_values["batch"] if train_values["batch"] > 0 else 0
-    epochs = train_values.pop("epochs")
-    train_values["steps"] = _steps(
-        epochs, train_values["steps"], per_epoch, train_values["batch"], examples
-    )
-    train = build(TrainSpec, train_values, "config.train.")
-
+    train, per_epoch = _training(values["train"], examples)
     optim_values = dict(values["optim"])
     optim_values["warmup"] = int(optim_values.pop("warmup_epochs") * per_epoch)
     optim = build(OptimSpec, optim_values, "config.optim.")
     try:
         model = build(ModelSettings, values["model"], "config.model.").config()
+        data.check_resize(model.image[0])
         mask_values = {**values["masks"], "grid": model.grid}
         masks = build(MaskSpec, mask_values, "config.masks.")
         if masks.mode == "paper" and train.batch % masks.collate:
@@ -205,6 +220,14 @@ def resolve(values: Mapping[str, Any], examples: int = 0) -> Settings:
         writers=build(WriterSettings, values["writers"], "config.writers."),
         values=dict(values),
     )
+
+
+def _training(values: Mapping[str, Any], examples: int) -> tuple[TrainSpec, int]:
+    """(config.train with its epochs as steps, the steps of an epoch)."""
+    values, batch = dict(values), values["batch"]
+    per_epoch = examples // batch if batch > 0 else 0
+    values["steps"] = _steps(values.pop("epochs"), values["steps"], per_epoch, batch, examples)
+    return build(TrainSpec, values, "config.train."), per_epoch
 
 
 def _steps(epochs: float, steps: int, per_epoch: int, batch: int, examples: int) -> int:

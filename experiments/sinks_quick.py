@@ -19,6 +19,7 @@ from rich.table import Table
 
 import sinks
 from common.plots import COLORS, GREY, INK
+from common.progress import draws_bars
 from experiments.run import Run
 from sinks import perplexity, stream, text
 from sinks.loading import Model
@@ -88,7 +89,7 @@ def _score_all(model: Model, tokens: int, sample: int) -> dict[str, np.ndarray]:
     ids = text.tokens(model.tokenizer, [excerpt])[0][:tokens]
     params = stream.prepare(model.params, stacked=True)
     policies, nll = settings(len(ids), sample), {}
-    with Progress(transient=True) as bar:
+    with Progress(transient=True, disable=not draws_bars()) as bar:
         task = bar.add_task("streaming", total=len(policies) * len(ids))
         for name, policy in policies.items():
             bar.update(task, description=name)

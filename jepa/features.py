@@ -116,8 +116,9 @@ def probable_labels(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """(the label sets that can be probed, the reason for each other one).
 
-    -1 is no label. A set of values that are different in each of 1,000 training images or more, or that
-    reach a million, numbers the images; it is no label set.
+    -1 is no label. Where all training images are of one class, there is nothing to learn. A set of
+    values that are different in each of 1,000 training images or more, or that reach a million,
+    numbers the images; it is no label set.
 
     Args:
       least: labelled training images that a probe needs.
@@ -130,6 +131,8 @@ def probable_labels(
             others[name] = f"no {'test' if len(known) else 'training'} image has a label"
         elif len(known) < least:
             others[name] = f"only {len(known)} training images have a label, of {least} or more"
+        elif known.min() == known.max():
+            others[name] = f"all {len(known):,} training images are of one class ({known[0]})"
         elif (len(known) >= _MANY and len(np.unique(known)) == len(known)) or (
             max(known.max(), asked.max()) >= _MOST_CLASSES
         ):

@@ -6,6 +6,8 @@ from typing import TypeVar
 import rich.progress
 from rich.console import Console
 
+from common.progress import draws_bars
+
 T = TypeVar("T")
 
 
@@ -14,4 +16,5 @@ def track(work: Sequence[T], what: str) -> Iterator[T]:
     if not what:
         return iter(work)
     console = Console(stderr=True)
-    return iter(rich.progress.track(work, what, transient=True, console=console))
+    hidden = not draws_bars(console)
+    return iter(rich.progress.track(work, what, transient=True, console=console, disable=hidden))

@@ -10,6 +10,9 @@ they stay the same when files are added.
 
 Names that begin with a dot are ignored. Everything else must be an image that PIL can open: all
 headers are read when the folder is opened. An image that is damaged behind its header is met later.
+
+The identity of a folder holds the path and the size of each image. So a run does not go on where an
+image came, went, or gave way to one of another size; one of the same size is not noticed.
 """
 
 import hashlib
@@ -21,7 +24,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from common.images import SKIP_ADVICE, UnreadableFile, decode_image, printable
+from common.progress import draws_bars
 
 EVALUATION_SPLITS = ("test", "val", "validation")
 SPLITS = ("train", *EVALUATION_SPLITS)
@@ -48,6 +53,7 @@ class FolderSource:
     labels: each path's index in `classes`; None for a flat folder.
     part: "kept" or "held out" where a share was set aside; "" for all images of `root`.
     left_out: files that were skipped when the folder was opened.
+    inodes: u64[images, 2], device and inode of the file behind each path: equal for links to one file.
     """
 
     root: str
@@ -57,6 +63,7 @@ class FolderSource:
     identity: dict[str, Any]
     part: str = ""
     left_out: int = 0
+    inodes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.uint64), repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,32 +108,56 @@ def open_folder(
         log.warning("%s: only the split folders are read, not %s", printable(str(top)), others)
     files, classes = _files(root), _classes(root)
     if classes and (top / "train").is_dir() and root != top / "train":
-        known = _classes(top / "train")
-        if unknown := sorted(set(classes) - set(known)):
-            raise ValueError(
-                f"{printable(str(root))} has classes that {printable(str(top / 'train'))} lacks: "
-                f"{[printable(name) for name in unknown]}"
-            )
-        classes = known
-    files, left_out = _usable(root, files, bool(classes), skip_bad)
+        classes = _known_classes(classes, root, top / "train")
+    files, facts, left_out = _usable(root, files, bool(classes), skip_bad)
+    if not files:
+        raise ValueError(f"{printable(str(root))} has no images")
     if part:
         mine = _part(files, part, held_out)
-        files, left_out = filter(mine, files), filter(mine, left_out)
-    files, left_out = list(files), list(left_out)
-    if not files:
-        raise ValueError(f"{printable(str(root))} has no images" + (f" {part}" if part else ""))
+        chosen, total = [mine(f) for f in files], len(files)
+        files, facts = list(compress(files, chosen)), facts[chosen]
+        left_out = list(filter(mine, left_out))
+        if not files:
+            raise ValueError(
+                f"{printable(str(root))} has no image left to train on: held_out={held_out:g} sets all "
+                f"aside for the test, of {total} in all. Add images, or lower held_out."
+            )
     of_class = {name: k for k, name in enumerate(classes)}
     labels = tuple(of_class[f.split(os.sep)[0]] for f in files) if classes else None
-    listing = "\n".join(files).replace(os.sep, "/").encode("utf-8", "surrogateescape")
-    identity: dict[str, Any] = {"name": "folder", "split": split, "crc32": zlib.crc32(listing)}
+    crc32 = _crc32(files, facts[:, 0])
+    identity: dict[str, Any] = {"name": "folder", "split": split, "crc32": crc32}
     if part:
         identity["held_out"] = held_out
         what = "are held out" if part == "held out" else "are left, the others are held out"
         log.info("%s has no split to test on: %s images %s (held_out=%g)",
                  printable(str(top)), f"{len(files):,}", what, held_out)  # fmt: skip
     return FolderSource(
-        str(root), tuple(files), labels, tuple(classes), identity, part, len(left_out)
+        str(root), tuple(files), labels, tuple(classes), identity, part, len(left_out), facts[:, 1:]
     )
+
+
+def share_files(a: FolderSource, b: FolderSource) -> bool:
+    """Whether an image of `a` and one of `b` are one file, by its path, a link or a hard link."""
+    ours, theirs = (x.inodes[x.inodes[:, 1] > 0] for x in (a, b))  # 0: not numbered here
+    ours = ours[np.isin(ours[:, 1], theirs[:, 1])]
+    theirs = theirs[np.isin(theirs[:, 1], ours[:, 1])]
+    return not set(map(tuple, ours.tolist())).isdisjoint(map(tuple, theirs.tolist()))
+
+
+def _known_classes(classes: Sequence[str], root: Path, train: Path) -> list[str]:
+    """The classes of train/. Raises ValueError where `classes`, those of `root`, are not among them."""
+    known = _classes(train)
+    if unknown := sorted(set(classes) - set(known)):
+        raise ValueError(
+            f"{printable(str(root))} has classes that {printable(str(train))} lacks: "
+            f"{[printable(name) for name in unknown]}"
+        )
+    return known
+
+
+def _crc32(files: Sequence[str], sizes: np.ndarray) -> int:
+    listing = "".join(f"{file}\0{size}\0" for file, size in zip(files, sizes.tolist()))
+    return zlib.crc32(listing.replace(os.sep, "/").encode("utf-8", "surrogateescape"))
 
 
 def folder_splits(path: str) -> list[str]:
@@ -194,14 +225,15 @@ def _has_file(folder: Path) -> bool:
 
 def _usable(
     root: Path, files: Sequence[str], with_classes: bool, skip_bad: bool
-) -> tuple[list[str], list[str]]:
-    """The files that are images by their headers, and the others, which are left out.
+) -> tuple[list[str], np.ndarray, list[str]]:
+    """The files that are images by their headers, u64[files, 3] of `_look`, and the others, which are left out.
 
     Raises ValueError if there are others, unless `skip_bad`.
     """
     strays = {f for f in files if with_classes and os.sep not in f}
     problems = {f: "lies beside the class folders, not in one" for f in strays}
-    problems |= _check([f for f in files if f not in strays], root)
+    found, facts = _check([f for f in files if f not in strays], root)
+    problems |= found
     if problems:
         listed = sorted(problems.items())[:_NAMED]
         named = "".join(f"\n  {printable(f)}: {why}" for f, why in listed)
@@ -211,7 +243,8 @@ def _usable(
             advice = SKIP_ADVICE.replace("without it", "without them")
             raise ValueError(f"{message}{named}{more}\nRemove them, or {advice}.")
         warnings.warn(f"skipped: {message}{named}{more}", stacklevel=3)
-    return [f for f in files if f not in problems], list(problems)
+    good = [f not in found for f in files if f not in strays]
+    return [f for f in files if f not in problems], facts[good], list(problems)
 
 
 def _files(root: Path) -> list[str]:
@@ -253,25 +286,29 @@ def _refuse(error: OSError) -> None:
     raise ValueError(f"cannot list {printable(str(error.filename))}: {error.strerror}") from error
 
 
-def _check(files: Sequence[str], root: Path) -> dict[str, str]:
-    """Reads every header; returns what is wrong with each bad file."""
-    problems = {}
+def _check(files: Sequence[str], root: Path) -> tuple[dict[str, str], np.ndarray]:
+    """Reads every header; returns what is wrong with each bad file, and u64[files, 3] of `_look`."""
+    problems, facts = {}, np.zeros((len(files), 3), np.uint64)
     start = time.monotonic()
-    with ThreadPoolExecutor(_THREADS) as pool, Progress(transient=True) as progress:
+    bar = Progress(transient=True, disable=not draws_bars())
+    with ThreadPoolExecutor(_THREADS) as pool, bar as progress:
         task = progress.add_task("checking images", total=len(files), visible=False)
-        for done, (name, problem) in enumerate(
-            zip(files, pool.map(lambda f: _problem(root / f), files), strict=True), 1
+        for done, (name, (problem, fact)) in enumerate(
+            zip(files, pool.map(lambda f: _look(root / f), files), strict=True), 1
         ):
+            facts[done - 1] = fact
             if problem:
                 problems[name] = problem
             progress.update(task, completed=done, visible=time.monotonic() - start > _QUIET_S)
-    return problems
+    return problems, facts
 
 
-def _problem(path: Path) -> str | None:
+def _look(path: Path) -> tuple[str, tuple[int, int, int]]:
+    """(what is wrong with an image, or ""; its file's bytes, device and inode)."""
     try:
-        with Image.open(path):  # parses the header only
-            return None
+        with open(path, "rb") as file, Image.open(file):  # parses the header only
+            info = os.fstat(file.fileno())
+            return "", (info.st_size, info.st_dev, info.st_ino)
     except Exception as e:  # PIL's plugins raise many kinds on malformed files
         known = isinstance(e, Image.UnidentifiedImageError)
-        return "not an image" if known else printable(str(e))
+        return "not an image" if known else printable(str(e)), (0, 0, 0)

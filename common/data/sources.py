@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from common.data.folder import FolderSource, open_folder
+from common.data.folder import FolderSource, open_folder, share_files
 from common.data.views import Skipping, origin
 from common.images import decode_image
 from common.paths import check_local
@@ -81,7 +81,10 @@ def open_source(
 
 
 def overlapping(a: Source, b: Source) -> bool:
-    """Whether two sources of `open_source` or `array_source` share records, as far as names tell."""
+    """Whether two sources of `open_source` or `array_source` share records.
+
+    As far as names tell, and for folders the files: links to one file are found, copies of it are not.
+    """
     a, b = origin(a), origin(b)
     if isinstance(a, TfdsSource) and isinstance(b, TfdsSource):
         return a.identity["name"] == b.identity["name"] and any(
@@ -91,7 +94,7 @@ def overlapping(a: Source, b: Source) -> bool:
         )
     if isinstance(a, FolderSource) and isinstance(b, FolderSource):
         same = os.path.realpath(a.root) == os.path.realpath(b.root)
-        return same and (a.part == b.part or not (a.part and b.part))
+        return (same and (a.part == b.part or not (a.part and b.part))) or share_files(a, b)
     return a is b or (
         isinstance(a, ArraySource) and isinstance(b, ArraySource) and a.identity == b.identity
     )

@@ -50,6 +50,20 @@ def test_only_tracked_code_makes_it_dirty(checkout):
     assert find_commit() == f"{head}+dirty"
 
 
+@pytest.mark.parametrize("where", ["common/x.py", "experiments/configs/mine.py", "jepa/é/y.py"])
+def test_a_module_that_is_not_tracked_makes_its_package_dirty(checkout, where):
+    folder, git = checkout
+    head = git("rev-parse", "HEAD")
+    file = folder / where
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_name("notes.md").write_text("untracked, and no code")
+    assert find_commit() == head
+    file.write_text("untracked")
+    assert find_commit() == f"{head}+dirty"
+    (folder / ".git" / "info" / "exclude").write_text(f"{where}\n")
+    assert find_commit() == head
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 def test_a_checkout_of_another_user_is_still_one(checkout):
     folder, git = checkout

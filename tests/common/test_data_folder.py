@@ -2,12 +2,13 @@
 
 import logging
 import os
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from common.data import LoaderSpec, fingerprint, open_source, overlapping
+from common.data import LoaderSpec, check_fingerprint, fingerprint, open_source, overlapping
 from common.data.__main__ import main
 
 
@@ -158,3 +159,62 @@ def test_a_file_that_is_left_out_is_counted_in_one_part(flat):
             open_source(f"folder:{flat}", s, held_out=0.2, skip_bad=True) for s in ("train", "test")
         ]
     assert sum(part.left_out for part in parts) == 1
+
+
+# --- what a folder's identity and overlap see ------------------------------------------------------
+
+
+def test_an_image_replaced_by_one_of_another_size_is_another_data_set(flat):
+    before = [open_source(f"folder:{flat}", s, held_out=0.2).identity for s in ("train", "test")]
+    kept = open_source(f"folder:{flat}", held_out=0.2).paths[0]
+    os.utime(flat / kept, (1, 1))
+    again = [open_source(f"folder:{flat}", s, held_out=0.2).identity for s in ("train", "test")]
+    assert again == before
+    Image.effect_noise((9, 9), 50).save(flat / kept)
+    train, test = (open_source(f"folder:{flat}", s, held_out=0.2) for s in ("train", "test"))
+    assert train.identity != before[0] and test.identity == before[1]
+    spec = LoaderSpec(1, 0)
+    with pytest.raises(ValueError, match="trained on other data"):
+        check_fingerprint({**fingerprint(train, spec), **before[0]}, fingerprint(train, spec))
+
+
+@pytest.mark.parametrize("how", ["folder", "link", "hard link", "copy"])
+def test_a_test_set_of_the_training_files_overlaps(tmp_path, how):
+    for i in range(3):
+        save(tmp_path / "train" / "a" / f"{i}.png", i)
+    val = tmp_path / "val" / "a"
+    if how == "folder":
+        val.parent.mkdir()
+        val.symlink_to("../train/a")
+    else:
+        save(val / "own.png")
+        one = tmp_path / "train" / "a" / "1.png"
+        make = {
+            "link": val.joinpath("x.png").symlink_to,
+            "hard link": val.joinpath("x.png").hardlink_to,
+        }
+        make.get(how, lambda path: shutil.copy(path, val / "x.png"))(one)
+    train, test = (open_source(f"folder:{tmp_path}", s) for s in ("train", "val"))
+    assert overlapping(train, test) == (how != "copy"), "copies are told by no name and no file"
+
+
+def test_a_link_within_a_folder_may_not_lead_from_the_test_to_the_training_images(flat):
+    train, test = (open_source(f"folder:{flat}", s, held_out=0.2) for s in ("train", "test"))
+    assert not overlapping(train, test)
+    (flat / test.paths[0]).unlink()
+    (flat / test.paths[0]).symlink_to(flat / train.paths[0])
+    train, test = (open_source(f"folder:{flat}", s, held_out=0.2) for s in ("train", "test"))
+    assert overlapping(train, test)
+
+
+def test_what_has_no_images_is_said_plainly(tmp_path):
+    with pytest.raises(ValueError, match=r"has no images$"):
+        open_source(f"folder:{tmp_path}", held_out=0.1)
+    save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=r"no image left to train on: held_out=0\.1 .*of 1 in all"):
+        open_source(f"folder:{tmp_path}", held_out=0.1)
+
+
+def test_no_bar_leaves_a_line_where_there_is_no_terminal(flat, capsys):
+    open_source(f"folder:{flat}")
+    assert capsys.readouterr().out == ""

@@ -93,6 +93,32 @@ def test_wrong_input_is_one_line(runs, tmp_path, capsys, extra, message):
     assert message in said and said.count("\n") == 1
 
 
+def test_the_picture_lies_where_it_is_said(runs, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    for out, file in {
+        "folder": "folder/compare.png", "new/": "new/compare.png", "plain": "plain.png", "a.svg": "a.svg",
+    }.items():  # fmt: skip
+        assert main([*map(str, runs), f"--out={tmp_path}/{out}"]) == 0
+        assert (tmp_path / file).stat().st_size > 5000
+        assert f"drew {tmp_path / file}\n" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(runs, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out, why in {"x.foo": "one of png, pdf, svg", "file/x.png": f"{tmp_path}/file"}.items():
+        assert main([*map(str, runs), f"--out={tmp_path}/{out}"]) == 2
+        said = capsys.readouterr().err
+        assert why in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_run_given_twice_is_said(runs, capsys, as_file):
+    again = runs[0] / "metrics.jsonl" if as_file else runs[0]
+    assert main([*map(str, runs), str(again)]) == 2
+    said = capsys.readouterr().err
+    assert f"{again} is given twice" in said and said.count("\n") == 1
+
+
 def test_names_must_be_as_many_as_the_runs(runs, capsys):
     with pytest.raises(SystemExit):
         main([*map(str, runs), "--names=one"])

@@ -1,6 +1,7 @@
 """What I-JEPA's jobs evaluate on: which images, with which labels, and what they refuse before they train."""
 
 import logging
+import re
 
 import jax
 import numpy as np
@@ -135,6 +136,18 @@ def test_numbers_of_images_are_no_labels(evaluate, caplog):
     assert "'serial': its values, to 1,437, number the images" in caplog.text
 
 
+def test_a_single_class_has_no_probe_and_says_so_once(evaluate, mesh, caplog):
+    same = {"same": np.zeros_like}
+    source, test = digits_by_class(**same), digits_by_class("test", **same)
+    source, test = (
+        array_source(image=s.arrays["image"], same=s.arrays["same"]) for s in (source, test)
+    )
+    values, _ = evaluate(source, test)
+    assert "knn_same" not in values and "rankme" in values
+    assert caplog.text.count("no probe of 'same': all") == 1
+    assert jepa_eval.linear_probes(settings(), mesh, jepa_eval.pixels, source, test) == {}
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -184,6 +197,47 @@ def test_too_few_images_are_refused_before_training(tmp_path):
         ConfigError, match=r"config.data.split='train' has 1\d images.*neighbors=20"
     ):
         begin(config.to_dict())
+
+
+@pytest.mark.parametrize("link", ["folder", "file"])
+def test_links_to_the_training_images_are_no_test_set(tmp_path, link):
+    for i in range(30):
+        save(tmp_path / "train" / f"n{i % 2}" / f"{i}.png", i)
+        save(tmp_path / "val" / "n1" / f"{i + 30}.png", i + 30)
+    place, of = ("n0", "n0") if link == "folder" else ("n1/x.png", "n1/1.png")
+    (tmp_path / "val" / place).symlink_to(tmp_path / "train" / of)
+    config = get_config("smoke")
+    config.data.update(name=f"folder:{tmp_path}", test_split="val")
+    with pytest.raises(ConfigError, match=r"test_split='val' holds images .* or links to them"):
+        begin(config.to_dict())
+
+
+def test_a_single_test_image_is_refused_with_a_remedy(tmp_path):
+    for i in range(25):
+        save(tmp_path / "train" / f"{i}.png", i)
+    config = get_config("smoke")
+    config.data.update(name=f"folder:{tmp_path}", held_out=1e-6)
+    with pytest.raises(ConfigError, match=r"has 1 image.*raise config.data.held_out=1e-06"):
+        begin(config.to_dict())
+    save(tmp_path / "test" / "1.png", 99)
+    with pytest.raises(
+        ConfigError, match=r"has 1 image.*add images.*another config.data.test_split"
+    ):
+        begin(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("crop_scale", (0.5, 2.0)),
+        ("crop_scale", (0.9, 0.5)),
+        ("crop_ratio", (0.0, 1.0)),
+        ("eval_resize", 8),
+    ],
+)
+def test_a_wrong_crop_names_its_setting(name, value):
+    with pytest.raises(ConfigError, match=rf"^config\.data\.{name}={re.escape(str(value))}: give"):
+        settings(**{f"data.{name}": value})
 
 
 def test_features_that_do_not_fit_the_memory_are_refused_before_training(tmp_path, monkeypatch):

@@ -109,11 +109,18 @@ def test_label_sets_that_cannot_be_probed_have_a_reason():
 
     n = np.arange(2000, dtype=np.int32)
     train = features(
-        a=n % 3, few=np.where(n < 5, n, -1), number=n, large=n % 2 * 10**6, one=n % 2, two=n % 3
+        a=n % 3,
+        few=np.where(n < 5, n, -1),
+        number=n,
+        large=n % 2 * 10**6,
+        one=n % 2,
+        two=n % 3,
+        same=np.where(n % 2, 4, -1),
     )
-    test = features(a=n % 3, few=n % 3, number=n, large=n % 2, one=n * 0 - 1)
+    test = features(a=n % 3, few=n % 3, number=n, large=n % 2, one=n * 0 - 1, same=n % 3)
     names, others = probe.probable_labels(train, test, least=20)
-    assert names == ("a",) and others.keys() == {"few", "number", "large", "one", "two"}
+    assert names == ("a",) and others.keys() == {"few", "number", "large", "one", "two", "same"}
+    assert others["same"] == "all 1,000 training images are of one class (4)"
     assert "only 5 training images" in others["few"] and "of 20 or more" in others["few"]
     assert "number the images" in others["number"]
     assert "no test image" in others["one"] and "no test image" in others["two"]
