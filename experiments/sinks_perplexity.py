@@ -199,9 +199,8 @@ def _run_one(
             now = time.perf_counter()
             seconds, took, then = seconds + now - then, now - then, now
             scalars = {"perplexity": tally.perplexity, "chunk_perplexity": chunk.perplexity}
-            writer.write(
-                piece.next, scalars | {"tokens_per_second": (piece.next - piece.first) / took}
-            )
+            rate = (piece.next - piece.first) / took
+            writer.write(piece.next, scalars | {"tokens_per_second": rate})
             stop = guard.reached(i)
             if stop or i % settings.save_every == 0:
                 progress = {"place": piece.next, "seconds": seconds}
