@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from common.checkpoint import Checkpointer, DamagedError, read_meta, restore_params
+from common.full_disk import is_full
 from common.paths import check_local
 from sinks import cache, stream, templates
 from sinks.cache import CacheSpec
@@ -186,8 +187,9 @@ class Conversation:
             if fits:
                 self._write(path, stamp)
         except Exception as error:  # orbax passes on whatever the storage raises
+            why = "No space left" if is_full(error) else _one_line(error)
             raise ValueError(
-                f"{path} cannot be written ({_one_line(error)}): the stream goes on as it was, save it elsewhere"
+                f"{path} cannot be written ({why}): the stream goes on as it was, save it elsewhere"
             ) from error
         if not fits:
             raise ValueError(f"{path} is there already: choose a new name")
