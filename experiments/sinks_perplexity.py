@@ -7,9 +7,11 @@ shows how far it came.
 
 import logging
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ from common.writers import make_writer
 from common.writers import read_rows as read_metrics
 from experiments.run import Run, job
 from experiments.sinks_job import open_model, open_tokens
-from sinks import perplexity, stream
+from sinks import params, perplexity, stream
 from sinks.loading import Model
 from sinks.perplexity import Tally
 from sinks.policies import Cached, Policy, make_policy
@@ -87,6 +89,11 @@ def run(run: Run) -> int:
     tokens = np.concatenate(documents)[: settings.tokens or None]
     if len(tokens) < max(2, settings.tokens):
         raise ConfigError(f"config.tokens={settings.tokens}: the text has {len(tokens)}")
+    inputs = {
+        "text_crc32": zlib.crc32(tokens.tobytes()),
+        "weights_crc32": params.fingerprint(model.params),
+    }
+    _check_inputs(run, inputs)
     run.begin(0)
     model = model._replace(params=stream.prepare(model.params, stacked=True))
     for name, policy in settings.sweep(len(tokens)):
@@ -96,12 +103,12 @@ def run(run: Run) -> int:
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
         with run.part(folder.name) as clock:
-            found = _run_one(settings, run, name, policy, model, tokens, folder)
+            found = _run_one(settings, run, name, policy, model, tokens, folder, inputs)
         draw(workdir)
         if found is None:
             log.warning("%s: stopped; start the same command again to continue", name)
             return EXIT_PREEMPTED
-        metrics = _metrics(*found)
+        metrics = _metrics(*found) | {k: float(crc32) for k, crc32 in inputs.items()}
         if isinstance(policy, Cached):
             metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
         row = run.row(
@@ -124,6 +131,26 @@ def _is_done(run: Run, name: str, folder: Path) -> bool:
     return False
 
 
+def _check_inputs(run: Run, inputs: Mapping[str, int]) -> None:
+    """Raises ConfigError where the table's rows are of a text or weights that have changed since under the same name."""
+    for name, folder in _settings_of(run.workdir).items():
+        for row in read_rows(folder / "results.jsonl"):
+            if run.owns(row, part=True, name=name):
+                _check_same(run, folder, row.metrics, inputs)
+
+
+def _check_same(
+    run: Run, folder: Path, saved: Mapping[str, Any], inputs: Mapping[str, int]
+) -> None:
+    """`saved` lacks what older versions did not write."""
+    for key, setting in (("text_crc32", "text"), ("weights_crc32", "model")):
+        if key in saved and saved[key] != inputs[key]:
+            raise ConfigError(
+                f"config.{setting}={run.values[setting]}: the {key.partition('_')[0]} there is not what {folder} was "
+                "measured with: take another --workdir, or remove that folder"
+            )
+
+
 def _run_one(
     settings: Settings,
     run: Run,
@@ -132,6 +159,7 @@ def _run_one(
     model: Model,
     tokens: np.ndarray,
     folder: Path,
+    inputs: Mapping[str, int],
 ) -> tuple[Tally, Tally, float] | None:
     """Streams the text under one policy: of all tokens, of those from a full cache, and seconds.
 
@@ -149,6 +177,7 @@ def _run_one(
                 raise ConfigError(
                     f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
                 )
+            _check_same(run, folder, saved, inputs)
             first, seconds = saved["place"], saved["seconds"]
             tally, filled = Tally(**saved["tally"]), Tally(**saved["filled"])
             log.info("%s: goes on at token %d of %d", name, first, len(tokens))
@@ -170,14 +199,13 @@ def _run_one(
             now = time.perf_counter()
             seconds, took, then = seconds + now - then, now - then, now
             scalars = {"perplexity": tally.perplexity, "chunk_perplexity": chunk.perplexity}
-            writer.write(
-                piece.next, scalars | {"tokens_per_second": (piece.next - piece.first) / took}
-            )
+            rate = (piece.next - piece.first) / took
+            writer.write(piece.next, scalars | {"tokens_per_second": rate})
             stop = guard.reached(i)
             if stop or i % settings.save_every == 0:
                 progress = {"place": piece.next, "seconds": seconds}
                 sums = {"tally": asdict(tally), "filled": asdict(filled)}
-                saver.save(piece.next, piece.state, meta | progress | sums, wait=stop)
+                saver.save(piece.next, piece.state, meta | inputs | progress | sums, wait=stop)
             if stop and piece.next < len(tokens) - 1:
                 writer.close()
                 return None

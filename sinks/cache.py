@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
 
@@ -47,6 +48,9 @@ class CacheSpec:
     int8: bool = False
 
     def __post_init__(self):
+        for name, size in (("sinks", self.sinks), ("recent", self.recent)):
+            if not isinstance(size, int | np.integer) or isinstance(size, bool):
+                raise ValueError(f"{name}={size!r}: a whole number")
         if self.sinks < 0:
             raise ValueError(f"sinks={self.sinks}: 0 or more")
         if self.recent < 1:

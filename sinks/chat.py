@@ -30,6 +30,7 @@ from common.host import keep_freed_memory
 from sinks import hub, stream
 from sinks.cache import CacheSpec
 from sinks.conversation import Conversation
+from sinks.params import fingerprint
 from sinks.sampling import Sampling
 from sinks.terminal import dim, erase, handling_interrupts, make_reader, say
 
@@ -59,9 +60,10 @@ def _open_and_converse(args: argparse.Namespace, spec: CacheSpec, sampling: Samp
     weights = args.weights or ("int8" if jax.default_backend() == "cpu" else "float32")
     try:
         model = sinks.load(args.model, dtype="bfloat16" if weights == "bfloat16" else "float32")
+        seal = fingerprint(model.params)
         params = stream.prepare(model.params, int8=weights == "int8")
         model, key = model._replace(params=params), jax.random.key(args.seed)
-        talk = Conversation(model, spec, sampling, key, args.system, args.reserve, args.model)
+        talk = Conversation(model, spec, sampling, key, args.system, args.reserve, args.model, seal)
     except (ValueError, OSError) as error:
         say(f"error: {error}", error=True)
         return 2

@@ -6,6 +6,7 @@ look at all of it (sinks/templates.py).
 
 import contextlib
 import logging
+import os
 import secrets
 import shlex
 import shutil
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 
 from common.checkpoint import Checkpointer, DamagedError, read_meta, restore_params
 from common.full_disk import is_full
+from common.paths import check_local
 from sinks import cache, stream, templates
 from sinks.cache import CacheSpec
 from sinks.loading import Model
@@ -41,6 +43,8 @@ class Conversation:
       reserve: tokens of room made for each answer by forgetting whole turns, so that none is remembered without its
         beginning while there is a choice; 0: token by token, as in the paper.
       name: where the model is from, for the command that opens what was saved.
+      weights: `params.fingerprint` of the parameters as they were loaded; a stream that was saved with another is not
+        loaded. None: not compared.
       reading: tokens of the last message that were read, and all of them.
       saved: the stream's length when it was saved or loaded.
 
@@ -55,6 +59,7 @@ class Conversation:
     system: str = ""
     reserve: int = 0
     name: str = ""
+    weights: int | None = None
 
     def __post_init__(self):
         if self.reserve < 0:
@@ -207,6 +212,11 @@ class Conversation:
             raise ValueError(
                 f"{path} was saved with {flags}: start `python -m sinks.chat {flags}`, then /load {path}"
             )
+        if None not in (self.weights, meta.get("weights")) and self.weights != meta["weights"]:
+            raise ValueError(
+                f"{path} was saved with other weights of the same shape ({meta['name'] or 'no name'}): start the chat "
+                "with those, then /load it"
+            )
         try:
             dialog = templates.restore(self.model.tokenizer, meta["dialog"])
             shapes = cache.abstract(config, self.spec, stacked=meta["stacked"])
@@ -247,6 +257,7 @@ class Conversation:
             "stamp": stamp,
             "name": self.name,
             "model": _model(self.model),
+            "weights": self.weights,
             "spec": asdict(self.spec),
             "stacked": self._stacked,
             "sampling": asdict(self.sampling),
@@ -271,9 +282,14 @@ def _flags(meta: dict[str, Any]) -> str:
 
 
 def _path(folder: str) -> Path:
+    """Raises ValueError for what is no path of a file system."""
+    check_local(folder, "folder")
     try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:  # ~somebody
+        path = Path(folder).expanduser()
+        return (
+            path.resolve() if os.path.islink(path) else path
+        )  # so that what a link names is replaced
+    except (RuntimeError, OSError) as error:  # ~somebody, a link to itself
         raise ValueError(f"{folder}: {error}") from error
 
 

@@ -5,6 +5,7 @@ all blocks stacked on a leading axis, for `lax.scan`. Kernels are [inputs, outpu
 (H * K or G * K); rotated features are two halves of a head's first `rotary_dim` features.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -72,3 +73,14 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
 
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(treedef, [draw(leaf, k) for leaf, k in zip(leaves, keys)])
+
+
+def fingerprint(params: Params) -> int:
+    """A checksum of some numbers of every parameter, uint32, that tells weights of one shape apart.
+
+    Of parameters as they were loaded, before `stream.prepare`. Taken in bfloat16, so that it is the same for both dtypes.
+    """
+    sample = lambda p: p[tuple(slice(None, None, max(1, n // 8)) for n in p.shape)]  # noqa: E731
+    picked = jax.jit(lambda tree: jax.tree.map(lambda p: sample(p).astype(jnp.bfloat16), tree))
+    leaves = jax.tree.leaves(jax.device_get(picked(params)))
+    return zlib.crc32(b"".join(leaf.tobytes() for leaf in leaves))

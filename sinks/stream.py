@@ -197,8 +197,7 @@ def extend(
         a cache that was used up before or made for another model.
     """
     texts = [check_tokens(config, row) for row in rows]
-    if not chunks or min(chunks) < 1:
-        raise ValueError(f"chunks={tuple(chunks)}: at least one length, each 1 or more")
+    _check_chunks(chunks)
     check_stream(config, params, cache, texts)
     lengths = np.array([len(text) for text in texts])
     logits_BV, done = None, 0
@@ -215,6 +214,12 @@ def extend(
         done += T
     assert logits_BV is not None
     return logits_BV, cache
+
+
+def _check_chunks(chunks: Any) -> None:
+    is_list = isinstance(chunks, Sequence | np.ndarray) and len(chunks) > 0
+    if not is_list or not all(isinstance(n, int | np.integer) and n >= 1 for n in chunks):
+        raise ValueError(f"chunks={chunks!r}: a list of lengths, at least one, each 1 or more")
 
 
 def decode_step(

@@ -13,7 +13,7 @@ from experiments import sinks_perplexity
 from experiments.configs.sinks.perplexity import get_config
 from experiments.run import Run
 from sinks import perplexity
-from tests.sinks.checkpoints import byte_level_folder
+from tests.sinks.checkpoints import LLAMA, byte_level_folder, save, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*perplexity", "ignore:.*reach position")
 
@@ -81,6 +81,32 @@ def test_another_texts_stream_is_not_continued(tmp_path, monkeypatch):
     assert sinks_perplexity.run(Run(values, tmp_path / "run")) == EXIT_PREEMPTED
     with pytest.raises(ConfigError, match=r"config\.tokens: saved 100, now 80"):
         sinks_perplexity.run(Run(values | {"tokens": 80}, tmp_path / "run"))
+
+
+def test_a_text_or_weights_that_changed_under_their_name_are_refused(tmp_path, monkeypatch):
+    """In the middle of a stream, and where the row is there; what is there stays."""
+    text, run = tmp_path / "a.txt", tmp_path / "run"
+    text.write_text("ab" * 100)
+    values = settings(tmp_path, policies=("sinks",), text=str(text))
+    wrong = r"config\.text=.*a\.txt: the text there is not what .*sinks_2\+14 was measured with"
+    monkeypatch.setattr(PreemptionGuard, "reached", lambda self, step: step == 2)
+    assert sinks_perplexity.run(Run(values, run)) == EXIT_PREEMPTED
+    monkeypatch.undo()
+    text.write_text("ba" * 100)
+    with pytest.raises(ConfigError, match=wrong):
+        sinks_perplexity.run(Run(values, run))
+    text.write_text("ab" * 100)
+    assert sinks_perplexity.run(Run(values, run)) == 0
+    text.write_text("ba" * 100)
+    with pytest.raises(ConfigError, match=wrong):
+        sinks_perplexity.run(Run(values, run))
+    text.write_text("ab" * 100)
+    table = (run / "table.md").read_bytes()
+    assert sinks_perplexity.run(Run(values, run)) == 0
+    assert (run / "table.md").read_bytes() == table
+    save(tmp_path / "model", LLAMA, tensors(LLAMA, seed=1))
+    with pytest.raises(ConfigError, match=r"config\.model=.*: the weights there"):
+        sinks_perplexity.run(Run(values, run))
 
 
 def test_what_is_finished_is_not_reported_under_another_config(tmp_path, capsys):

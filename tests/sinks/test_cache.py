@@ -106,7 +106,9 @@ def test_texts_from_the_start_need_no_cache():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(sinks=-1), dict(recent=0), dict(dtype="int4")], ids=lambda w: next(iter(w))
+    "wrong",
+    [dict(sinks=-1), dict(sinks=1.5), dict(recent=0), dict(recent="4"), dict(dtype="int4")],
+    ids=str,
 )
 def test_impossible_caches_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):

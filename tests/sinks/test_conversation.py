@@ -9,11 +9,11 @@ import pytest
 
 import sinks
 from common import checkpoint
-from sinks import stream
+from sinks import params, stream
 from sinks.cache import CacheSpec
 from sinks.chat import Conversation
 from sinks.sampling import Sampling
-from tests.sinks.checkpoints import byte_level_folder
+from tests.sinks.checkpoints import LLAMA, byte_level_folder, save, tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*perplexity", "ignore:.*reach position")
 
@@ -160,6 +160,40 @@ def test_a_stream_of_another_cache_or_model_names_the_command_that_opens_it(mode
         talk.load(str(tmp_path / "in 8 bits"))
     with pytest.raises(ValueError, match="no folder that /save made"):
         talk.load(str(tmp_path / "nothing"))
+
+
+def test_a_stream_of_other_weights_is_refused_and_of_the_same_in_another_type_is_not(tmp_path):
+    folder = byte_level_folder(tmp_path / "model")
+    as_loaded = {t: sinks.load(folder, dtype=t, check=False) for t in ("float32", "bfloat16")}
+    there = tensors(LLAMA)
+    there["model.layers.1.self_attn.q_proj.weight"] += 0.5
+    save(folder, LLAMA, there)
+    as_loaded["tuned"] = sinks.load(folder, check=False)
+
+    def talk(kind, spec=CacheSpec(2, 30)):
+        loaded = as_loaded[kind]
+        ready = loaded._replace(params=stream.prepare(loaded.params, int8=kind == "float32"))
+        mark = params.fingerprint(loaded.params)
+        return Conversation(ready, spec, Sampling(), jax.random.key(0), name="A", weights=mark)
+
+    talk("float32").save(str(tmp_path / "talk"))
+    talk("bfloat16").load(str(tmp_path / "talk"))
+    with pytest.raises(ValueError, match=r"talk was saved with other weights .* \(A\): start"):
+        talk("tuned").load(str(tmp_path / "talk"))
+
+
+def test_a_link_is_followed_and_an_address_is_no_folder(model, tmp_path):
+    talk, other = conversation(model), conversation(model)
+    talk.save(str(tmp_path / "talk"))
+    (tmp_path / "link").symlink_to("talk")
+    list(talk.answer("Hi", limit=3))
+    talk.save(str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert {p.name for p in tmp_path.iterdir()} == {"talk", "link"}
+    other.load(str(tmp_path / "talk"))
+    assert other.length == talk.length > 0
+    with pytest.raises(ValueError, match="folder=gs://bucket/x: not a path of a file system"):
+        talk.save("gs://bucket/x")
 
 
 def full_disk(*_, **__):

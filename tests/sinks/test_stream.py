@@ -190,11 +190,11 @@ def test_a_cache_of_another_model_is_named(other):
         stream.extend(c, small.params(c), cache, [[1]])
 
 
-@pytest.mark.parametrize("chunks", [(), (0, 4), (-1,)])
+@pytest.mark.parametrize("chunks", [(), (0, 4), (-1,), 5, (2.5,)])
 def test_chunks_without_a_length_are_refused(chunks):
     c = small.config()
     cache = init(c, CacheSpec(2, 5), 1, stacked=True)
-    with pytest.raises(ValueError, match=r"chunks=.*at least one length"):
+    with pytest.raises(ValueError, match=r"chunks=.*a list of lengths, at least one"):
         stream.extend(c, small.params(c), cache, [[1]], chunks=chunks)
 
 
