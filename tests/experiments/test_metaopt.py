@@ -65,6 +65,25 @@ def test_robustness_on_every_task(task):
         config("robustness", "task=imagenet")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smoke_leaves_what_the_argument_says(name):
+    told = "seeds=3" if name == "mnist_table1" else "seeds=3,epochs=5"
+    for arg in (f"smoke,{told}", f"{told},smoke"):
+        values = config(name, arg)
+        assert values["grid"]["seeds"] == (0, 1, 2) and values["grid"]["batch"] == 32
+        assert values["grid"]["epochs"] == (2 if name == "mnist_table1" else 5)
+    assert config(name, "smoke")["grid"]["seeds"] == (0,)
+    for few in ("seeds=-1", "seeds=0", "smoke,seeds=-1"):
+        with pytest.raises(ConfigError, match=r"config argument 'seeds=-?\d': at least 1"):
+            config(name, few)
+
+
+@pytest.mark.parametrize("name", ["robustness", "cifar10_resnet20", "charrnn"])
+def test_no_epochs_are_refused(name):
+    with pytest.raises(ConfigError, match="epochs=0"):
+        metaopt_job.resolve(config(name, "epochs=0"))
+
+
 def test_a_stopped_grid_continues_to_the_same_numbers(task, tmp_path):
     method = METHODS["auto(sgd)"]
     whole = run_grid(task, method, SPEC, tmp_path / "whole")
