@@ -85,17 +85,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
     """Parses a config file's argument, `name.py:smoke,batch=256`, against typed defaults.
 
-    A bare word sets a boolean default to True. Values take their default's type.
+    A bare word sets a boolean default to True. Values take their default's type. The result's `given` holds the names that
+    `arg` sets, at whatever value.
 
     Raises:
       ConfigError: an unknown word, or a value that does not fit.
     """
-    result = dict(defaults)
+    result, given = dict(defaults), set()
     for item in filter(None, (arg or "").split(",")):
         key, equals, text = item.partition("=")
         if key not in defaults:
             raise unknown_key(key, defaults, "config argument ")
         default = defaults[key]
+        given.add(key)
         if isinstance(default, bool):
             choices = {"": True, "true": True, "1": True, "false": False, "0": False}
             if text.lower() not in choices or (equals and not text):
@@ -110,4 +112,4 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
             raise ConfigError(
                 f"config argument {item!r}: expected {type(default).__name__}"
             ) from None
-    return types.SimpleNamespace(**result)
+    return types.SimpleNamespace(**result, given=frozenset(given))

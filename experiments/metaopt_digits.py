@@ -16,7 +16,7 @@ import numpy as np
 
 from common.results import ResultRow
 from common.writers import read_rows as read_metrics
-from experiments.metaopt_grid import GridSpec
+from experiments.metaopt_grid import GridSpec, leaves_when_told
 from experiments.metaopt_job import TaskSettings, run_method, show
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_mlp import mlp_task
@@ -39,6 +39,7 @@ SPEC = GridSpec(epochs=40, batch=64, rates=RATES, seeds=(0, 1), save_every=40)
 log = logging.getLogger("triptych")
 
 
+@leaves_when_told
 def run(workdir: Path, methods: Sequence[str] = tuple(SHOWN), spec: GridSpec = SPEC) -> int:
     """Trains what has no rows in `workdir`/results.jsonl yet, prints the table, and draws the picture. Returns an exit code.
 

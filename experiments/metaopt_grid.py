@@ -2,17 +2,18 @@
 
 Every cell of the grid is a training run of its own, on the same batches as the other rates of its seed. `vmap` runs the
 cells of a small task side by side; those of a large one take turns, step by step. State is saved as it goes: a grid that was
-stopped continues.
+stopped continues; a signal (common.distributed.PreemptionGuard) stops it, saved, at the end of an epoch.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,14 @@ import optax
 from rich.progress import Progress
 
 from common.checkpoint import Checkpointer
+from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.results import ResultRow
+from common.train_loop import Preempted
 from common.writers import JsonlWriter
 from metaopt import learned
 
 log = logging.getLogger("triptych")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,11 @@ class Cell:
 
 
 def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[Cell]:
-    """Trains every (seed, rate) and returns the cells in that order; rows per epoch go to `workdir`/metrics.jsonl."""
+    """Trains every (seed, rate) and returns the cells in that order; rows per epoch go to `workdir`/metrics.jsonl.
+
+    Raises:
+      Preempted: after SIGTERM, at the end of the epoch; the state is saved. See `leaves_when_told`.
+    """
     steps = task.steps(spec.batch)
     train = jax.tree.map(jnp.asarray, task.train)
     rates, keys = (
@@ -181,7 +189,13 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
         "%s, %s: %d runs of %d epochs of %d steps; compiling ...",
         task.name, method.name, none.size, spec.epochs, steps,
     )  # fmt: skip
-    with Checkpointer(workdir / "checkpoints") as saver, Progress(transient=True) as bar:
+    writer = JsonlWriter(workdir / "metrics.jsonl")
+    with (
+        closing(writer),
+        Checkpointer(workdir / "checkpoints") as saver,
+        Progress(transient=True) as bar,
+        PreemptionGuard() as guard,
+    ):
         restored = saver.restore(
             _placed({"state": abstract, "last": jax.eval_shape(measure, abstract, none)})
         )
@@ -189,7 +203,6 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
         if restored is not None:
             (state, last), start = (restored[0]["state"], restored[0]["last"]), restored[1]["epoch"]
             log.info("%s: continuing from epoch %d", method.name, start)
-        writer = JsonlWriter(workdir / "metrics.jsonl")
         writer.resume_from(start if restored else -1)
         shown = bar.add_task(
             f"{task.name}, {method.name}", total=spec.epochs * steps, completed=start * steps
@@ -206,13 +219,34 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
                 bar.update(shown, completed=number * steps + done)
             last = jax.block_until_ready(measure(state, losses))
             writer.write(number + 1, _row(spec, last))
-            if (number + 1) % spec.save_every == 0 or number + 1 == spec.epochs:
-                saver.save(number + 1, {"state": state, "last": last}, {"epoch": number + 1})
+            stop = guard.reached(number + 1)
+            if stop or (number + 1) % spec.save_every == 0 or number + 1 == spec.epochs:
+                _save(saver, number + 1, {"state": state, "last": last}, method.name, leave=stop)
                 if not bar.console.is_terminal:  # a log has no bar
                     log.info("%s: epoch %d of %d", method.name, number + 1, spec.epochs)
-        writer.close()
     assert last is not None
     return _cells(spec, last, state[0])
+
+
+def _save(saver: Checkpointer, epoch: int, tree: Any, name: str, *, leave: bool) -> None:
+    """Saves the end of an epoch. To leave, also after the last one, or the next method would begin: raises Preempted."""
+    saver.save(epoch, tree, {"epoch": epoch}, wait=leave)
+    if leave:
+        raise Preempted(f"{name}: stopped by a signal after epoch {epoch}; the state is saved")
+
+
+def leaves_when_told(run: Callable[P, int]) -> Callable[P, int]:
+    """Makes a function that runs grids and returns an exit code return EXIT_PREEMPTED, with a line, after a signal."""
+
+    @wraps(run)
+    def told(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return run(*args, **kwargs)
+        except Preempted as stop:
+            log.warning("%s; start the same command again to continue", stop)
+            return EXIT_PREEMPTED
+
+    return told
 
 
 def _side_by_side(function: Callable, *stacked: Any) -> Any:

@@ -14,7 +14,15 @@ from rich.table import Table
 from common.config import ConfigError, build
 from common.results import ResultRow, append_row, read_rows
 from experiments.metaopt_gpt import gpt_task
-from experiments.metaopt_grid import GridSpec, Method, Task, diverged, run_grid, summary
+from experiments.metaopt_grid import (
+    GridSpec,
+    Method,
+    Task,
+    diverged,
+    leaves_when_told,
+    run_grid,
+    summary,
+)
 from experiments.metaopt_methods import METHODS
 from experiments.metaopt_mlp import mlp_task
 from experiments.metaopt_pictures import draw
@@ -63,6 +71,7 @@ def open_task(settings: TaskSettings) -> Task:
 
 
 @job(only=("methods",))
+@leaves_when_told
 def run(run: Run) -> int:
     """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
     methods, spec, settings = resolve(run.values)

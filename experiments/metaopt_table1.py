@@ -10,7 +10,7 @@ from rich.table import Table
 
 from common.config import ConfigError, build
 from common.results import append_row, read_rows
-from experiments.metaopt_grid import GridSpec, Method, Task, run_grid, summary
+from experiments.metaopt_grid import GridSpec, Method, Task, leaves_when_told, run_grid, summary
 from experiments.metaopt_job import TaskSettings, check_batch, open_task, wide_console
 from experiments.run import Run, job
 from metaopt import paper
@@ -77,6 +77,7 @@ ROWS = [
 
 
 @job(only=("rows",))
+@leaves_when_told
 def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
     values = run.values

@@ -58,7 +58,8 @@ def test_parse_arg_types_follow_the_defaults():
         "smoke,epochs=3,name=x,fast=false", smoke=False, epochs=1.5, name="", fast=True
     )
     assert (args.smoke, args.epochs, args.name, args.fast) == (True, 3.0, "x", False)
-    assert parse_arg("", smoke=False).smoke is False
+    assert args.given == {"smoke", "epochs", "name", "fast"}
+    assert parse_arg("", smoke=False).smoke is False and not parse_arg("", smoke=False).given
 
 
 @pytest.mark.parametrize(

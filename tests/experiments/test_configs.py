@@ -8,6 +8,7 @@ import pytest
 
 import experiments.configs.jepa as folder
 from experiments import jepa_pretrain
+from experiments.configs.sinks import perplexity
 from experiments.jepa_settings import resolve
 from experiments.run import Run
 
@@ -39,6 +40,26 @@ def test_full_size_builds(name):
         assert (settings.train.batch, settings.recipe.masks.mode) == (2048, "paper")
         ema = settings.recipe.ema
         assert (ema.start, ema.final, settings.recipe.optim.lr) == (0.996, 1.0, 1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smoke_leaves_what_the_argument_says(name):
+    if name in RELEASED:
+        train = config(name, "smoke,batch=16,seed=3")["train"]
+        assert (train["batch"], train["seed"], train["steps"]) == (16, 3, 3)
+    else:
+        values = config(name, "smoke,epochs=2,seed=3")
+        train = values["train"]
+        assert (train["epochs"], train["steps"], train["seed"]) == (2.0, 0, 3)
+        assert resolve(values, 80).train.steps == 20
+
+
+def test_smoke_of_perplexity_leaves_what_the_argument_says():
+    told = {"policies": "sinks", "cache_sizes": "32+64", "sinks": "1+3", "tokens": "150"}
+    values = perplexity.get_config(",".join(["smoke", *(f"{k}={v}" for k, v in told.items())]))
+    assert (values.policies, values.cache_sizes) == (("sinks",), (32, 64))
+    assert (values.sinks, values.tokens, values.chunk) == ((1, 3), 150, 32)
+    assert perplexity.get_config("smoke").cache_sizes == (16,)
 
 
 @pytest.mark.slow

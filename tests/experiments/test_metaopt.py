@@ -11,7 +11,10 @@ import pytest
 
 import experiments.configs.metaopt as folder
 from common.config import ConfigError
+from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.results import read_rows
+from common.train_loop import Preempted
+from common.writers import read_rows as read_metrics
 from experiments import metaopt_digits, metaopt_job, metaopt_table1
 from experiments.jobs import JOBS
 from experiments.metaopt_grid import Cell, GridSpec, Method, run_grid
@@ -63,6 +66,57 @@ def test_robustness_on_every_task(task):
     assert full["task"]["examples"] == 0 and (settings.examples == 0) == (task == "mnist")
     with pytest.raises(ConfigError, match="task='imagenet' is unknown; known: mnist, cifar10"):
         config("robustness", "task=imagenet")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smoke_leaves_what_the_argument_says(name):
+    told = "seeds=3" if name == "mnist_table1" else "seeds=3,epochs=5"
+    for arg in (f"smoke,{told}", f"{told},smoke"):
+        values = config(name, arg)
+        assert values["grid"]["seeds"] == (0, 1, 2) and values["grid"]["batch"] == 32
+        assert values["grid"]["epochs"] == (2 if name == "mnist_table1" else 5)
+    assert config(name, "smoke")["grid"]["seeds"] == (0,)
+    for few in ("seeds=-1", "seeds=0", "smoke,seeds=-1"):
+        with pytest.raises(ConfigError, match=r"config argument 'seeds=-?\d': at least 1"):
+            config(name, few)
+
+
+@pytest.mark.parametrize("name", ["robustness", "cifar10_resnet20", "charrnn"])
+def test_no_epochs_are_refused(name):
+    with pytest.raises(ConfigError, match="epochs=0"):
+        metaopt_job.resolve(config(name, "epochs=0"))
+
+
+@pytest.mark.parametrize("epoch", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_stops_a_grid_with_its_state_saved(task, tmp_path, monkeypatch, epoch):
+    spec = dataclasses.replace(SPEC, rates=(1e-3,), seeds=(0,), save_every=100)
+    whole = run_grid(task, METHODS["sgd"], spec, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreemptionGuard, "reached", lambda self, step: step == epoch)
+        with pytest.raises(Preempted, match=f"sgd: stopped by a signal after epoch {epoch}; the"):
+            run_grid(task, METHODS["sgd"], spec, tmp_path / "parts")
+    assert run_grid(task, METHODS["sgd"], spec, tmp_path / "parts") == whole
+    for name in ("whole", "parts"):
+        steps = [row["step"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("what", ["grid", "table1", "digits"])
+def test_a_job_that_a_signal_stops_says_so(tmp_path, monkeypatch, caplog, quick_grid, what):
+    def stopped(*args):
+        raise Preempted("sgd: stopped by a signal after epoch 1; the state is saved")
+
+    for module in (metaopt_job, metaopt_table1):
+        monkeypatch.setattr(module, "run_grid", stopped)
+    jobs = {
+        "grid": lambda: metaopt_job.run(Run(config("mnist_towers", "smoke"), tmp_path)),
+        "table1": lambda: metaopt_table1.run(Run(config("mnist_table1", "smoke"), tmp_path)),
+        "digits": lambda: metaopt_digits.run(tmp_path),
+    }
+    with caplog.at_level("WARNING", logger="triptych"):
+        assert jobs[what]() == EXIT_PREEMPTED == 75
+    assert "stopped by a signal" in caplog.text
+    assert "start the same command again to continue" in caplog.text
 
 
 def test_a_stopped_grid_continues_to_the_same_numbers(task, tmp_path):

@@ -1,5 +1,7 @@
 """What the I-JEPA configs share: every setting of the job, at the released recipe's values (ijepa spec 1.6 to 1.8)."""
 
+from types import SimpleNamespace
+
 from ml_collections import ConfigDict
 
 
@@ -107,11 +109,18 @@ def base() -> ConfigDict:
     )
 
 
-def smoke(config: ConfigDict, *, image: int, patch: int) -> ConfigDict:
-    """Shrinks a config to a few steps that take seconds on a laptop, with the same code paths."""
+def smoke(config: ConfigDict, args: SimpleNamespace, *, image: int, patch: int) -> ConfigDict:
+    """Shrinks a config to a few steps that take seconds on a laptop, with the same code paths.
+
+    What the argument itself says of epochs and batch stays.
+    """
     config.model.update(image=image, patch=patch, width=32, depth=2, heads=2, hidden=64)
     config.model.update(predictor_width=16, predictor_depth=1, predictor_heads=2)
-    config.train.update(epochs=0.0, steps=3, batch=8, accumulate=1)
+    if "epochs" not in args.given:
+        config.train.update(epochs=0.0, steps=3)
+    if "batch" not in args.given:
+        config.train.batch = 8
+    config.train.accumulate = 1
     config.train.update(log_every=1, eval_every=2, save_every=2)
     config.optim.warmup_epochs = 0.0
     config.masks.update(collate=8, context_tokens=0)

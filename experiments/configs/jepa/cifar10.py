@@ -30,6 +30,6 @@ def get_config(arg: str = ""):
         epochs=args.epochs, batch=512, accumulate=4, seed=args.seed, log_every=20, eval_every=1000
     )
     if args.smoke:
-        smoke(config, image=32, patch=4)
+        smoke(config, args, image=32, patch=4)
         config.data.name = "digits"
     return config

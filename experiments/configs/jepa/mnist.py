@@ -20,6 +20,6 @@ def get_config(arg: str = ""):
     config.ema.update(start=0.99, final=1.0)
     config.train.update(epochs=args.epochs, batch=128, seed=args.seed, log_every=20, eval_every=500)
     if args.smoke:
-        smoke(config, image=32, patch=4)
+        smoke(config, args, image=32, patch=4)
         config.data.name = "digits"
     return config

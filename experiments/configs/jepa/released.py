@@ -27,7 +27,9 @@ def released(
     config.mesh.update(replica=4, fsdp=-1)  # 64-way FSDP on 256 chips: every width divides by it
     config.policy.update(remat=True)
     if args.smoke:
-        smoke(config, image=96, patch=8)  # the released rules need targets of more than 10 patches
+        smoke(
+            config, args, image=96, patch=8
+        )  # the released rules need targets of more than 10 patches
         config.mesh.update(replica=1)
         config.data.update(name="digits", test_split="test", eval_resize=0, workers=0)
     return config

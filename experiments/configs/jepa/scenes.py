@@ -28,6 +28,6 @@ def get_config(arg: str = ""):
     config.ema.update(start=0.99, final=1.0)
     config.train.update(epochs=args.epochs, batch=64, seed=args.seed, eval_every=1000)
     if args.smoke:
-        smoke(config, image=32, patch=4)
+        smoke(config, args, image=32, patch=4)
         config.data.name = "digits"
     return config

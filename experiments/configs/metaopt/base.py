@@ -1,5 +1,7 @@
 """What the metaopt configs share: every setting of job "metaopt_grid", and its four tasks."""
 
+from types import SimpleNamespace
+
 from ml_collections import ConfigDict
 
 from common.config import ConfigError
@@ -50,9 +52,21 @@ def base(task: str = "mnist") -> ConfigDict:
     )
 
 
-def smoke(config: ConfigDict) -> ConfigDict:
-    """Shrinks a config to seconds on the embedded digits or text, with the same code paths."""
+def seeds(args: SimpleNamespace) -> tuple[int, ...]:
+    """The seeds that the argument seeds=N stands for."""
+    if args.seeds < 1:
+        raise ConfigError(f"config argument 'seeds={args.seeds}': at least 1")
+    return tuple(range(args.seeds))
+
+
+def smoke(config: ConfigDict, args: SimpleNamespace) -> ConfigDict:
+    """Shrinks a config to seconds on the embedded digits or text, with the same code paths.
+
+    What the argument itself says of epochs and seeds stays.
+    """
     config.task.update(SMOKE[config.task.kind], examples=128)
-    config.grid.update(epochs=2, batch=32, rates=(1e-3, 1.0), seeds=(0,), save_every=1)
+    config.grid.update(batch=32, rates=(1e-3, 1.0), save_every=1)
+    small = {"epochs": 2, "seeds": (0,)}
+    config.grid.update({name: n for name, n in small.items() if name not in args.given})
     config.methods = config.methods[:2]
     return config

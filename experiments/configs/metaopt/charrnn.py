@@ -12,7 +12,7 @@ Arguments: smoke; epochs=N (49 are 50,274 steps of the whole book); seeds=N.
 """
 
 from common.config import parse_arg
-from experiments.configs.metaopt.base import base, smoke
+from experiments.configs.metaopt.base import base, seeds, smoke
 
 
 def get_config(arg: str = ""):
@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
     config.grid.update(
         epochs=args.epochs,
         rates=(1e-4, 2e-3, 1e-2),
-        seeds=tuple(range(args.seeds)),
+        seeds=seeds(args),
         save_every=1,
     )
-    return smoke(config) if args.smoke else config
+    return smoke(config, args) if args.smoke else config

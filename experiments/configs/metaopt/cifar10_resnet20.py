@@ -10,7 +10,7 @@ Arguments: smoke; small; epochs=N; seeds=N. Prepare the data with `python -m com
 """
 
 from common.config import parse_arg
-from experiments.configs.metaopt.base import base, smoke
+from experiments.configs.metaopt.base import base, seeds, smoke
 
 FIGURE_2B = ("steps(momentum(0.9))", "momentum(0.9)", "figure2_tower(0.9)", "auto(momentum(0.9))")
 FIGURE_2A = tuple(f"{name}({mu})" for name in ("momentum", "figure2_tower") for mu in (0.09, 0.99))
@@ -21,10 +21,10 @@ def get_config(arg: str = ""):
     config = base("cifar10")
     config.name = "cifar10_resnet20"
     config.methods = FIGURE_2B if args.small else FIGURE_2B + FIGURE_2A
-    config.grid.update(epochs=200, rates=(0.01, 0.1, 1.0), seeds=tuple(range(args.seeds)))
+    config.grid.update(epochs=200, rates=(0.01, 0.1, 1.0), seeds=seeds(args))
     if args.small:
         config.task.examples = 5120
         config.grid.update(epochs=10, rates=(0.1,), save_every=1)
-    if args.epochs:
+    if "epochs" in args.given:
         config.grid.epochs = args.epochs
-    return smoke(config) if args.smoke else config
+    return smoke(config, args) if args.smoke else config

@@ -6,7 +6,7 @@ Arguments: smoke; epochs=N (of 1,253 steps on the whole book; a step takes 0.16 
 """
 
 from common.config import parse_arg
-from experiments.configs.metaopt.base import base, smoke
+from experiments.configs.metaopt.base import base, seeds, smoke
 
 
 def get_config(arg: str = ""):
@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     config.grid.update(
         epochs=args.epochs,
         rates=(1e-4, 1e-3, 1e-2),
-        seeds=tuple(range(args.seeds)),
+        seeds=seeds(args),
         save_every=1,
     )
-    return smoke(config) if args.smoke else config
+    return smoke(config, args) if args.smoke else config

@@ -7,15 +7,15 @@ Prepare the data with `python -m common.data prepare mnist`.
 """
 
 from common.config import parse_arg
-from experiments.configs.metaopt.base import base, smoke
+from experiments.configs.metaopt.base import base, seeds, smoke
 
 
 def get_config(arg: str = ""):
     args = parse_arg(arg, smoke=False, seeds=3)
     config = base()
     config.update(job="metaopt_table1", name="mnist_table1", rows=())
-    config.grid.update(epochs=30, seeds=tuple(range(args.seeds)), rates=(1.0,))  # epochs: at most
+    config.grid.update(epochs=30, seeds=seeds(args), rates=(1.0,))  # epochs: at most
     if args.smoke:
-        smoke(config)
+        smoke(config, args)
         config.rows = ("SGD(0.01)", "SGD/SGD(0.01)")
     return config

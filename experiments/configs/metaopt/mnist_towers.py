@@ -6,14 +6,14 @@ Arguments: smoke; epochs=N; seeds=N. Prepare the data with `python -m common.dat
 """
 
 from common.config import parse_arg
-from experiments.configs.metaopt.base import base, smoke
+from experiments.configs.metaopt.base import base, seeds, smoke
 
 
 def get_config(arg: str = ""):
     args = parse_arg(arg, smoke=False, epochs=30, seeds=1)
     config = base()
     config.name = "mnist_towers"
-    config.grid.update(epochs=args.epochs, seeds=tuple(range(args.seeds)))
+    config.grid.update(epochs=args.epochs, seeds=seeds(args))
     towers = [f"tower{h}(sgd)" for h in range(1, 6)]  # 4a
     by_table = [f"table_tower{h}(sgd)" for h in range(1, 4)]  # 4b
     config.methods = (
@@ -25,4 +25,4 @@ def get_config(arg: str = ""):
         "greedy(sgd)",
         "adam",
     )
-    return smoke(config) if args.smoke else config
+    return smoke(config, args) if args.smoke else config

@@ -11,7 +11,7 @@ Arguments: task=mnist, cifar10, charrnn or gpt; full; smoke; epochs=N; seeds=N.
 """
 
 from common.config import parse_arg
-from experiments.configs.metaopt.base import base, smoke
+from experiments.configs.metaopt.base import base, seeds, smoke
 
 METHODS = (
     "auto(adam)", "auto(sgd)", "adam", "cosine(adam)", "sgd", "cosine(sgd)", "greedy(adam)", "tower1(adam)", "tower3(sgd)",
@@ -31,11 +31,11 @@ def get_config(arg: str = ""):
     config = base(args.task)
     config.name = "robustness" if args.task == "mnist" else f"robustness_{args.task}"
     config.methods = METHODS
-    config.grid.update(epochs=FULL[args.task], rates=RATES, seeds=tuple(range(args.seeds)))
+    config.grid.update(epochs=FULL[args.task], rates=RATES, seeds=seeds(args))
     if args.task in SMALL and not args.full:
         settings, config.grid.epochs = SMALL[args.task]
         config.task.update(settings)
         config.grid.update(rates=RATES[::2], save_every=1)
-    if args.epochs:
+    if "epochs" in args.given:
         config.grid.epochs = args.epochs
-    return smoke(config) if args.smoke else config
+    return smoke(config, args) if args.smoke else config

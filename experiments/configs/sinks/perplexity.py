@@ -48,4 +48,5 @@ def get_config(arg: str = ""):
         "save_every": 32,  # chunks between checkpoints
         "seed": 0,
     }
-    return ConfigDict(config | (smoke if args.smoke else {}))
+    small = {name: n for name, n in smoke.items() if name not in args.given}
+    return ConfigDict(config | (small if args.smoke else {}))
