@@ -123,7 +123,7 @@ def test_an_unknown_job_is_told_the_known_ones(refusal):
         ("checkpoint.keep=0", ["keep=0", "at least 1"]),
         ("train.seed=-1", ["seed", "-1"]),
         ("train.save_every=-1", ["train.save_every=-1"]),
-        ("data.crop_scale=(0.5, 0.2)", ["scale=(0.5, 0.2)", "scale[0] <= scale[1]"]),
+        ("data.crop_scale=(0.5, 0.2)", ["config.data.crop_scale=(0.5, 0.2)", "the smaller first"]),
         ("data.split=trian", ["'trian'", "train"]),
         # of probes and evaluations
         ("probe.knn_train=19", ["knn_train=19", "at least 20", "neighbors=20"]),
