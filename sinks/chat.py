@@ -149,7 +149,11 @@ def _converse(
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            say(f"error: {error}", error=True)
+            # A template may refuse whatever comes after what was said.
+            anew = (
+                "" if message.startswith("/") or not talk.length else "; /new begins a new stream"
+            )
+            say(f"error: {error}{anew}", error=True)
     _offer_to_save(talk, read)
 
 
