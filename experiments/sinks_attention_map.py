@@ -17,10 +17,13 @@ from matplotlib.figure import Figure
 
 from common.config import ConfigError, build
 from experiments.run import Run, job
-from experiments.sinks_job import open_model, open_tokens
+from experiments.sinks_job import open_model, read_documents
+from sinks import text
 from sinks.cache import CacheSpec
+from sinks.loading import Model
 from sinks.maps import Maps, attention_maps, sink_share
 from sinks.progress import track
+from sinks.text import Document
 
 log = logging.getLogger("triptych")
 AT_ONCE = 4  # texts per forward pass
@@ -59,8 +62,9 @@ def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings, workdir = build(Settings, run.values), run.workdir
     spec = settings.spec
+    documents = read_documents(settings.text)
     model = open_model(settings.model)
-    tokens_BT = _stretches(settings, model)
+    tokens_BT = _stretches(settings, model, documents)
     run.begin()
 
     total, batches = None, np.array_split(tokens_BT, -(-len(tokens_BT) // AT_ONCE))
@@ -94,10 +98,10 @@ def run(run: Run) -> int:
     return 0
 
 
-def _stretches(settings: Settings, model) -> np.ndarray:
+def _stretches(settings: Settings, model: Model, documents: list[Document]) -> np.ndarray:
     """`texts` stretches of `tokens` tokens, [B, T], at even distances in all of the text."""
     start = [model.tokenizer.bos_id] if settings.bos and model.tokenizer.bos_id is not None else []
-    ids = np.concatenate(open_tokens(settings.text, model, bos=False)[1])
+    ids = np.concatenate(text.tokens(model.tokenizer, documents, bos=False))
     length = settings.tokens - len(start)
     if len(ids) < settings.texts * length:
         raise ConfigError(

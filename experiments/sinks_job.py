@@ -1,11 +1,10 @@
 """What the jobs of sinks/ share: opening a model and a text."""
 
-import numpy as np
-
 import sinks
 from common.config import ConfigError
 from sinks import text
 from sinks.loading import DTYPES, Model
+from sinks.text import Document
 
 
 def open_model(name: str, dtype: str = "float32") -> Model:
@@ -17,12 +16,9 @@ def open_model(name: str, dtype: str = "float32") -> Model:
         raise ConfigError(f"config.{setting}: {error}") from error
 
 
-def open_tokens(
-    where: str, model: Model, *, bos: bool = True
-) -> tuple[list[str], list[np.ndarray]]:
-    """Names and token ids of the documents that config.text names."""
+def read_documents(where: str) -> list[Document]:
+    """The texts that config.text names. Read them before the model is loaded, which takes longer to fail."""
     try:
-        documents = text.documents(where)
+        return text.documents(where)
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.text: {error}") from error
-    return [d.name for d in documents], text.tokens(model.tokenizer, documents, bos=bos)

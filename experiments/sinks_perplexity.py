@@ -6,6 +6,7 @@ shows how far it came.
 """
 
 import logging
+import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,8 @@ from common.results import config_hash, markdown_table, read_rows
 from common.writers import make_writer
 from common.writers import read_rows as read_metrics
 from experiments.run import Run, job
-from experiments.sinks_job import open_model, open_tokens
-from sinks import params, perplexity, stream
+from experiments.sinks_job import open_model, read_documents
+from sinks import params, perplexity, stream, text
 from sinks.loading import Model
 from sinks.perplexity import Tally
 from sinks.policies import Cached, Policy, make_policy
@@ -84,9 +85,10 @@ class Settings:
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings, workdir = build(Settings, run.values), run.workdir
+    documents = read_documents(settings.text)
     model = open_model(settings.model, settings.dtype)
-    _, documents = open_tokens(settings.text, model, bos=settings.bos)
-    tokens = np.concatenate(documents)[: settings.tokens or None]
+    ids = text.tokens(model.tokenizer, documents, bos=settings.bos)
+    tokens = np.concatenate(ids)[: settings.tokens or None]
     if len(tokens) < max(2, settings.tokens):
         raise ConfigError(f"config.tokens={settings.tokens}: the text has {len(tokens)}")
     inputs = {
@@ -131,7 +133,7 @@ def _is_done(run: Run, name: str, folder: Path) -> bool:
     return False
 
 
-def _check_inputs(run: Run, inputs: Mapping[str, int]) -> None:
+def _check_inputs(run: Run, inputs: dict[str, int]) -> None:
     """Raises ConfigError where the table's rows are of a text or weights that have changed since under the same name."""
     for name, folder in _settings_of(run.workdir).items():
         for row in read_rows(folder / "results.jsonl"):
@@ -139,9 +141,7 @@ def _check_inputs(run: Run, inputs: Mapping[str, int]) -> None:
                 _check_same(run, folder, row.metrics, inputs)
 
 
-def _check_same(
-    run: Run, folder: Path, saved: Mapping[str, Any], inputs: Mapping[str, int]
-) -> None:
+def _check_same(run: Run, folder: Path, saved: Mapping[str, Any], inputs: dict[str, int]) -> None:
     """`saved` lacks what older versions did not write."""
     for key, setting in (("text_crc32", "text"), ("weights_crc32", "model")):
         if key in saved and saved[key] != inputs[key]:
@@ -159,7 +159,7 @@ def _run_one(
     model: Model,
     tokens: np.ndarray,
     folder: Path,
-    inputs: Mapping[str, int],
+    inputs: dict[str, int],
 ) -> tuple[Tally, Tally, float] | None:
     """Streams the text under one policy: of all tokens, of those from a full cache, and seconds.
 
@@ -266,7 +266,7 @@ def write_table(run: Run) -> str:
         [
             row.overrides.get("setting", row.config),
             row.metrics["perplexity"],
-            row.metrics["perplexity_filled"],
+            filled if math.isfinite(filled := row.metrics["perplexity_filled"]) else None,
             row.metrics["standard_error"],
             int(row.metrics["tokens"]),
             row.metrics["tokens_per_second"],

@@ -124,11 +124,24 @@ def init(
       stacked: the ring's layers on one leading axis, for `lax.scan` (small programs), or a tuple of them (no slice is
         ever copied, which on CPU halves the time of a token). Must match the parameters' blocks; default: what
         `stream.prepare` chooses for the backend.
+
+    Raises:
+      ValueError: there is no memory for it.
     """
     if stacked is None:
         stacked = jax.default_backend() != "cpu"
     shapes = abstract(config, spec, batch, stacked=stacked)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    try:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    except (
+        jax.errors.JaxRuntimeError,
+        MemoryError,
+        TypeError,
+    ) as error:  # the last: beyond 64 bits
+        raise ValueError(
+            f"sinks={spec.sinks}, recent={spec.recent}: the cache would need {spec.nbytes(config, batch):,} bytes, which "
+            "the device does not have. Take a smaller recent"
+        ) from error
 
 
 def restack(cache: Cache, stacked: bool) -> Cache:

@@ -17,11 +17,16 @@ on for ever. A message may be longer than what is remembered: it is streamed.
 """
 
 import argparse
+import os
+import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+
+if __name__ == "__main__":  # Ctrl-C while the libraries are loaded, a second or more
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import jax
 
@@ -32,7 +37,7 @@ from sinks.cache import CacheSpec
 from sinks.conversation import Conversation
 from sinks.params import fingerprint
 from sinks.sampling import Sampling
-from sinks.terminal import dim, erase, handling_interrupts, make_reader, say
+from sinks.terminal import dim, ending_quietly, erase, handling_interrupts, make_reader, say
 
 __all__ = ["Conversation", "main"]
 
@@ -141,8 +146,14 @@ def _converse(
                 say(_command(talk, message))
             elif message:
                 _reply(talk, message, limit, stopped)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
-            say(f"error: {error}", error=True)
+            # A template may refuse whatever comes after what was said.
+            anew = (
+                "" if message.startswith("/") or not talk.length else "; /new begins a new stream"
+            )
+            say(f"error: {error}{anew}", error=True)
     _offer_to_save(talk, read)
 
 
@@ -228,9 +239,12 @@ def _offer_to_save(talk: Conversation, read: Callable[[str], str]) -> None:
             say(f"saved in {folder}")
         except (EOFError, KeyboardInterrupt):
             return
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             say(f"error: {error}", error=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(ending_quietly(main))

@@ -99,6 +99,8 @@ def read(path: str | Path) -> GGUF:
     tensors what cannot be: they lie one after another and fill the file.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device, a pipe
+        raise ValueError(f"{path} is no regular file")
     try:
         data = np.memmap(path, mode="r").view(np.ndarray)  # slices of a memmap are slow
     except ValueError:  # numpy cannot map an empty file

@@ -90,3 +90,19 @@ def handling_interrupts(handler) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def ending_quietly(main: Callable[[], int]) -> int:
+    """The exit code of a program that Ctrl-C, or a reader of its output that has gone, ends without a traceback."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # what is still in their buffers is written at exit
+            os.dup2(nowhere, stream.fileno())
+        return 128 + signal.SIGPIPE

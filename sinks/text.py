@@ -27,7 +27,7 @@ def documents(where: str) -> list[Document]:
 
     Args:
       where: "embedded" for the beginning of War and Peace, which comes with this package; "python-topics" for the manual
-        that comes with Python (half a million characters); a text file; or a folder, for all its .txt files.
+        that comes with Python (half a million characters); a text file; or a folder, for all its .txt files (.TXT too).
 
     Raises:
       ValueError: nothing there, an empty text, or a file that is not UTF-8.
@@ -40,7 +40,9 @@ def documents(where: str) -> list[Document]:
 
         return [Document(where, "\n\n".join(topics[name] for name in sorted(topics)))]
     path = Path(where).expanduser()
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+    files = [path] if path.is_file() else []
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".txt")
     if not files:
         what = "a folder without .txt files" if path.is_dir() else "no file and no folder"
         raise ValueError(f"text {where!r}: {what}. 'embedded' is a text that is always there")

@@ -144,12 +144,20 @@ def test_another_policy_joins_the_table_on_purpose(tmp_path):
     assert (row.config, row.overrides) == (values["name"], {"setting": "window 0+16"})
 
 
+def test_a_text_shorter_than_the_cache_leaves_its_cell_empty(tmp_path):
+    values = settings(tmp_path, policies=("sinks",), cache_sizes=(128,), tokens=20)
+    assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0
+    row = (tmp_path / "run" / "table.md").read_text().splitlines()[2]
+    assert row.split("|")[3].strip() == ""
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"policies": ("streaming",)}, "policy 'streaming' is unknown"),
         ({"cache_sizes": (2,)}, "cache_size=2 leaves no room beside sinks=2"),
         ({"chunk": 0}, "chunk=0"),
+        ({"text": "/no/such", "model": "/no/such/model"}, r"config\.text: text '/no/such'"),
         ({"tokens": 10**9}, r"config\.tokens=1000000000: the text has"),
     ],
 )

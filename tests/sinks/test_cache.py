@@ -119,3 +119,10 @@ def test_a_cache_in_float64_without_jaxs_64_bit_mode_is_refused():
     """JAX would make it float32 without a word."""
     with pytest.raises(ValueError, match="'float64' needs JAX's 64-bit mode"):
         cache.init(small.config(), CacheSpec(dtype="float64"))
+
+
+@pytest.mark.parametrize("recent", [10**11, 10**20])
+def test_a_cache_that_memory_cannot_hold_says_its_bytes(recent):
+    spec = CacheSpec(0, recent)
+    with pytest.raises(ValueError, match=f"recent={recent}: .* {spec.nbytes(SMOLLM2):,} bytes"):
+        cache.init(SMOLLM2, spec)

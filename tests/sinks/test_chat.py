@@ -2,6 +2,8 @@
 
 import io
 import sys
+import threading
+from dataclasses import replace
 
 import jax
 import pytest
@@ -58,6 +60,18 @@ def test_a_stopped_answer_is_continued_as_it_was_shown(model):
     assert stopped.length == limited.length
     after = [list(talk.answer("And?", limit=5)) for talk in (stopped, limited)]
     assert after[0] == after[1]
+
+
+def test_a_message_that_the_template_refuses_offers_a_new_stream(model, capsys):
+    """Only where something was said: all that comes after it may be refused."""
+    refuses = "{% if 'no' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = model.tokenizer
+    picky = replace(tokenizer, chat_template=refuses + tokenizer.chat_template)
+    talk, lines = conversation(model._replace(tokenizer=picky)), iter(["no", "Hi", "no", "/quit"])
+    chat._converse(talk, 2, lambda _: next(lines, ""), threading.Event())
+    first, second = capsys.readouterr().err.splitlines()
+    assert "refuses" in first and "/new" not in first
+    assert second.endswith("; /new begins a new stream")
 
 
 def test_the_program_from_start_to_quit(model, monkeypatch, capsys, tmp_path):

@@ -284,3 +284,8 @@ def test_a_model_that_reads_nothing_is_only_warned_about(short):
         UserWarning, match=r"reads English badly.*by lot has 264\. That is right for an untrained"
     ):
         assert loading.check_reading(CONFIG, values, TOKENIZER) > 200
+
+
+def test_what_is_no_regular_file_is_named():
+    with pytest.raises(ValueError, match=r"^/dev/null is no regular file"):
+        sinks.load("/dev/null")

@@ -127,3 +127,32 @@ def test_an_interrupt_goes_to_the_handler_and_afterwards_where_it_went_before():
     thread.start()  # where Python allows no handlers
     thread.join()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_a_program_whose_user_or_reader_has_gone_ends_without_a_traceback(error, code):
+    program = (
+        "import sys; from sinks.terminal import ending_quietly\n"
+        f"def main():\n    sys.stdout.write('x' * 99)\n    raise {error.__name__}\n"
+        "sys.exit(ending_quietly(main))"
+    )
+    reader, writer = os.pipe()
+    if error is BrokenPipeError:
+        os.close(reader)
+    child = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (child.returncode, child.stderr) == (code, b"")
+
+
+def test_ctrl_c_while_the_libraries_load_ends_without_a_traceback():
+    begun = (
+        "import runpy, sys; print(flush=True); runpy.run_module('sinks.chat', run_name='__main__')"
+    )
+    chat = subprocess.Popen(
+        [sys.executable, "-c", begun], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )  # fmt: skip
+    assert chat.stdout.read(1)
+    time.sleep(0.3)
+    chat.send_signal(signal.SIGINT)
+    _, said = chat.communicate(timeout=60)
+    assert (chat.returncode, said) == (130, b"")

@@ -16,8 +16,8 @@ def test_a_text_is_always_there(name, size):
 
 
 def test_a_folder_gives_its_books_by_name(tmp_path):
-    for name, content in (("b", "the é"), ("a", "he\r\n")):
-        (tmp_path / f"{name}.txt").write_bytes(content.encode())
+    for name, content in (("b.txt", "the é"), ("a.TXT", "he\r\n")):
+        (tmp_path / name).write_bytes(content.encode())
     (tmp_path / "c.bin").write_bytes(b"\xff")
     books = text.documents(str(tmp_path))
     assert [(b.name, b.text) for b in books] == [("a", "he\n"), ("b", "the é")]
