@@ -82,7 +82,8 @@ def hyper(
 
     `update` takes two extra arguments of its own and passes all others on: `value`, the loss, which rollback needs; and
     `hyper_cotangent`, a gradient tree to use in the signal in place of `grads`, such as that of a held-out batch. Gradients
-    of complex parameters are what optax takes, the conjugates of those of `jax.grad`.
+    of complex parameters are what optax takes, the conjugates of those of `jax.grad`. It raises ValueError where the trees
+    `grads`, `params` and `hyper_cotangent` differ in structure or shapes.
 
     Raises:
       TypeError, ValueError: a keyword that the factory does not take, that must be a Python constant, or on which its
@@ -176,6 +177,10 @@ def _update(
 ) -> tuple[Any, HyperState]:
     """(updates, state). 1. How the loss would have changed with the last update's hyperparameters: [du/dh]^T g."""
     rule, method, guards = level.rule, level.method, level.guards
+    if params is not None:
+        _alike("grads", grads, "params", params)
+    if hyper_cotangent is not None:
+        _alike("hyper_cotangent", hyper_cotangent, "grads", grads)
     state = state._replace(
         values={k: _like(v, r) for (k, v), r in zip(sorted(state.values.items()), state.raws)}
     )
@@ -280,6 +285,26 @@ def _restarted(level: _Level, new: HyperState, params: Any) -> HyperState:
         guard=guarding.peaked(guards, rule, new.guard, raw, True),
         moved=jnp.zeros((), bool),
     )
+
+
+def _alike(name: str, tree: Any, of: str, other: Any) -> None:
+    """Raises ValueError where the trees differ in structure or in an array's shape: sums over pairs of leaves would be of
+    the wrong pairs."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves, _ = jax.tree.flatten_with_path(tree)
+        return {jax.tree_util.keystr(path): x.shape for path, x in leaves}
+
+    got, wanted = shapes(tree), shapes(other)
+    for path in [*wanted, *got]:
+        if got.get(path) != wanted.get(path):
+            has = f"has shape {got[path]}" if path in got else "is missing"
+            wants = f"has shape {wanted[path]}" if path in wanted else f"is not in {of}"
+            where = path or "the tree itself"
+            raise ValueError(f"{name} must be a tree like {of}: {where} {has}, but {wants}")
+    structure, like = jax.tree.structure(tree), jax.tree.structure(other)
+    if structure != like:
+        raise ValueError(f"{name} must be a tree like {of}: it is {structure}, not {like}")
 
 
 def _like(value: Any, raw: jax.Array) -> jax.Array:

@@ -53,6 +53,22 @@ def test_a_held_out_gradient_with_nan_is_a_signal_that_is_skipped():
     assert int(metaopt.learned(state)["skipped/learning_rate"]) == 1
 
 
+@pytest.mark.parametrize("mode", ["closed", "tangent", "replay"])
+def test_trees_that_do_not_match_are_refused(mode):
+    tx = hyper(optax.sgd, learning_rate=learn(0.1), by=optax.sgd(0.1), mode=mode)
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    state = tx.init(params)
+    swapped = {"a": params["b"], "b": params["a"]}
+    others = [{"b": params["b"]}, [params["b"]], params["b"], list(params.values()), swapped]
+    for other in others:
+        with pytest.raises(ValueError, match="hyper_cotangent must be a tree like grads"):
+            tx.update(params, state, params, hyper_cotangent=other)
+        with pytest.raises(ValueError, match="grads must be a tree like params"):
+            tx.update(other, state, params)
+    with pytest.raises(ValueError, match=r"\['a'\] is missing, but has shape \(3,\)"):
+        tx.update(params, state, params, hyper_cotangent=others[0])
+
+
 def branched(learning_rate, b2):
     """Adam in a branch of a cond."""
     tx = optax.adam(learning_rate, b2=b2)
