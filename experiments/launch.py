@@ -9,7 +9,7 @@ The part after ":" is the config's own argument (`smoke` shrinks any config to a
 where its last checkpoint stands, and one that is done says so. A start with other settings is refused;
 --resume=changed takes them on purpose, and the row then tells what changed at which step. A workdir serves one run at
 a time. Exit codes: 0 done, 1 failed (also a full disk, or a final evaluation that failed: the same command does what
-is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again).
+is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again), 130 by Ctrl-C.
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
 --process_id. Processes that differ in settings, code, library versions or data stop with exit code 2 before the first step.
@@ -44,12 +44,22 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all (auto on TPU, SLURM).")
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number (auto on TPU, SLURM).")
 
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
+
 # What parsing flags and reading a config can raise.
 _WRONG_FLAGS = (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError)
 
 
 def main(argv: list[str]) -> int:
-    """Parses flags, runs the config's job, and turns known failures into one plain line and an exit code."""
+    """Parses flags, runs the config's job, and turns known failures and Ctrl-C into one plain line and an exit code."""
+    try:
+        return _launch(argv)
+    except KeyboardInterrupt:
+        print("stopped; start the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _launch(argv: list[str]) -> int:
     if usage.wanted(argv):
         return _help(argv)
     try:

@@ -30,7 +30,18 @@ PARTS = {
 log = logging.getLogger("triptych")
 
 
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
+
+
 def main(argv: list[str] | None = None) -> int:
+    try:
+        return _reproduce(argv)
+    except KeyboardInterrupt:
+        print("stopped; start the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _reproduce(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce",
         description=__doc__,

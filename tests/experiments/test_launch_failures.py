@@ -116,6 +116,24 @@ def test_reproduce_ends_a_part_that_runs_out_of_memory_with_a_line(monkeypatch, 
     )
 
 
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+STOPPED = "stopped; start the same command again to continue\n"
+
+
+def test_ctrl_c_is_one_line(run):
+    code, text = run(interrupted)
+    assert code == 130 and text.endswith(STOPPED) and "Traceback" not in text
+
+
+def test_ctrl_c_stops_reproduce_with_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(reproduce.pkgutil, "resolve_name", lambda name: interrupted)
+    assert reproduce.main([f"--workdir={tmp_path}"]) == 130
+    assert capsys.readouterr().err.endswith(STOPPED)
+
+
 def test_an_empty_workdir_is_none_and_not_this_folder(monkeypatch, capsys):
     assert launched(monkeypatch, f"--config={CONFIGS['jepa']}", "--workdir=") == 2
     assert "both --config and --workdir are needed" in capsys.readouterr().err
