@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from common.checkpoint import Checkpointer
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.progress import draws_bars
 from common.results import ResultRow
 from common.train_loop import Preempted
 from common.writers import JsonlWriter
@@ -193,7 +194,7 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
     with (
         closing(writer),
         Checkpointer(workdir / "checkpoints") as saver,
-        Progress(transient=True) as bar,
+        Progress(transient=True, disable=not draws_bars()) as bar,
         PreemptionGuard() as guard,
     ):
         restored = saver.restore(
