@@ -40,9 +40,11 @@ class Guards:
     """The guards of one level. `Guards.none()` is the paper's: none at all.
 
     Attributes:
-      skip_nonfinite: a step with NaN or infinite gradients changes nothing; a signal that is not finite counts as zero;
-        a step of the upper optimizer that is not finite is not taken, and that optimizer stays as it was. The last two are
-        counted, and shown by `learned` and `describe`: a keyword that is never learned is seen there.
+      skip_nonfinite: a step with NaN or infinite gradients changes nothing; nor does one whose update is not finite, or
+        whose loss (`value=`), if the update reads it; a signal that is not finite, or too large to be squared where it is
+        normalised, counts as zero; a step of the upper optimizer that is not finite is not taken, and that optimizer stays
+        as it was. All but the gradients are counted, and shown by `learned` and `describe`: a keyword that is never
+        learned is seen there. The update is computed twice, the first time for this and for max_move.
       safe_sqrt: see metaopt/safe.py; without it one weight of zero gradient makes the signal of b2 NaN.
       normalize: signals are divided by their running root mean square and clipped to [-1, 1], so that the upper
         optimizer's rate is in raw units a step (0.05: at most 5 % a step in the log form), whatever the task's units.
@@ -124,7 +126,7 @@ class GuardState(NamedTuple):
     skipped: how many signals were not finite and counted as zero.  refused i32[]: steps of the upper optimizer that were
     not taken.  peak: of the rate, without its schedule: the largest so far, and the present one as a share of that; empty
     where it is not learned.
-    rollback: RollbackState, or ().
+    rollback: RollbackState, or ().  dropped i32[]: updates of the parameters that were not finite and not made.
     """
 
     mean_square: Row
@@ -133,6 +135,7 @@ class GuardState(NamedTuple):
     refused: jax.Array
     peak: dict[str, jax.Array]
     rollback: Any
+    dropped: jax.Array
 
 
 def init_guards(guards: Guards, rule: Rule, raw: Values, params: Any) -> GuardState:
@@ -150,12 +153,16 @@ def init_guards(guards: Guards, rule: Rule, raw: Values, params: Any) -> GuardSt
             k: jnp.ones_like(raw[guards.rate]) for k in _peak_names(guards) if guards.rate in raw
         },
         rollback=back,
+        dropped=jnp.zeros((), jnp.int32),
     )
 
 
-def counted(state: GuardState, signals: Values) -> tuple[Values, GuardState]:
-    """Signals with zero for what is not finite, and their count."""
-    bad = jax.tree.map(lambda h: ~jnp.isfinite(h), signals)
+def counted(guards: Guards, state: GuardState, signals: Values) -> tuple[Values, GuardState]:
+    """Signals with zero for what is not finite, and their count.
+
+    Where signals are normalised their squares must be finite, too: an infinite mean square would stay for ever.
+    """
+    bad = jax.tree.map(lambda h: ~jnp.isfinite(h * h if guards.normalize else h), signals)
     skipped = tuple(n + b.astype(n.dtype) for n, b in zip(state.skipped, row(bad), strict=True))
     signals = jax.tree.map(lambda b, h: jnp.where(b, 0, h), bad, signals)
     return signals, state._replace(skipped=skipped)
@@ -167,6 +174,11 @@ def taken(state: GuardState, steps: Values, new: Any, old: Any) -> tuple[Values,
     steps = jax.tree.map(lambda s: jnp.where(good, s, 0), steps)
     refused = state.refused + (~good).astype(jnp.int32)
     return steps, select(good, new, old), state._replace(refused=refused)
+
+
+def dropped(state: GuardState, one: jax.Array) -> GuardState:
+    """The state with one more update that was not made, where `one` is true."""
+    return state._replace(dropped=state.dropped + one.astype(jnp.int32))
 
 
 def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Values, GuardState]:
@@ -218,27 +230,37 @@ def any_nonzero(tree: Any) -> jax.Array:
 
 def shortening(
     guards: Guards, rule: Rule, updates: Any, params: Any, count: jax.Array, axis_name: Any
-) -> jax.Array:
-    """The factor in (0, 1] that keeps update `count` (from 0) within `max_move` of the parameters' norm."""
+) -> tuple[jax.Array, jax.Array]:
+    """(the factor in [0, 1] that keeps update `count` (from 0) within `max_move` of the parameters' norm, whether all
+    updates are finite)."""
     if params is None:
         raise ValueError(
             "Guards(max_move=...) needs the parameters: call update(grads, state, params)"
         )
     dtype, size = rule.dtype(updates), sum(x.size for x in jax.tree.leaves(params))
+    # Squares of large numbers overflow; those of the same numbers times this do not. A power of two: nothing is rounded.
+    unit = 2.0 ** -(5 * jnp.finfo(dtype).maxexp // 8)
 
-    def square(tree):
-        parts = (p for x in jax.tree.leaves(tree) for p in parts_of(x))
-        return sum(jnp.sum(jnp.square(p.astype(dtype))) for p in parts)
+    def squares(tree):
+        parts = [p.astype(dtype) for x in jax.tree.leaves(tree) for p in parts_of(x)]
+        each = (sum(jnp.sum(jnp.square(p * by)) for p in parts) for by in (1.0, unit))
+        return [jnp.asarray(x, dtype) for x in each]
 
-    squares = jnp.stack([jnp.asarray(square(t), dtype) for t in (updates, params)])
+    sums = jnp.stack(squares(updates) + squares(params))
     if axis_name is not None:
-        squares = jax.lax.psum(squares, axis_name)
+        sums = jax.lax.psum(sums, axis_name)
+    # Norms in units of 1 / `unit`.
+    moved, norm = (
+        jnp.where(jnp.isfinite(small), jnp.sqrt(small) * unit, jnp.sqrt(large))
+        for small, large in (sums[:2], sums[2:])
+    )
     # Parameters that start at zero have no norm to compare with: they count as 0.001 each.
-    moved, norm = squares[0], jnp.maximum(squares[1], 1e-6 * size)
+    norm = jnp.maximum(norm, 1e-3 * size**0.5 * unit)
     part = jnp.minimum(1, (count.astype(dtype) + 1) / max(guards.settle, 1))
-    longest = guards.max_move * part * jnp.sqrt(norm)
-    too_long = moved > longest**2
-    return jnp.where(too_long, longest * jax.lax.rsqrt(jnp.where(too_long, moved, 1)), 1)
+    longest = guards.max_move * part * norm
+    too_long = moved > longest
+    factor = jnp.where(too_long, longest / jnp.where(too_long, moved, 1), 1)
+    return factor, jnp.isfinite(moved)
 
 
 def watch_loss(

@@ -11,7 +11,7 @@ import optax
 from metaopt import guards as guarding
 from metaopt.guards import Guards
 from metaopt.pack import Packed, packed
-from metaopt.rule import Row, Rule, Values, make_rule, named, row
+from metaopt.rule import Row, Rule, Values, make_rule, named, needs_value, row
 from metaopt.signals import Method, Trace, choose, pack_sum, refuse_unkept, scaled
 
 
@@ -120,6 +120,7 @@ class _Level:
     guards: Guards
     trace: Trace
     axis_name: Any
+    reads_value: bool  # whether the update may read the loss
 
 
 def _level(
@@ -136,7 +137,8 @@ def _level(
     rule = make_rule(factory, kwargs)
     guards.check(rule)
     method = choose(rule, mode, trace, guards.safe_sqrt)
-    return _Level(rule, method, packed(by), guards, trace, axis_name)
+    reads_value = needs_value(rule) is not False
+    return _Level(rule, method, packed(by), guards, trace, axis_name, reads_value)
 
 
 def _init(level: _Level, params: Any) -> HyperState:
@@ -190,11 +192,11 @@ def _update(
     signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
     signals = pack_sum(signals, level.axis_name)
 
-    def advance(grads: Any) -> tuple[Any, HyperState]:
-        return _advance(level, grads, signals, state, params, extra)
+    above = _above(level, signals, state)
+    factor, whole = _foreseen(level, above.raw, grads, state, params, extra)
 
-    def stay(grads: Any) -> tuple[Any, HyperState]:
-        return jax.tree.map(jnp.zeros_like, grads), state
+    def advance(grads: Any) -> tuple[Any, HyperState]:
+        return _advance(level, grads, above, factor, state, params, extra)
 
     if guards.skip_nonfinite:
         # Where a NaN in any gradient is one in the sums, the gradients themselves are read only when there is one.
@@ -204,8 +206,13 @@ def _update(
             lambda: jnp.ones((), bool),
             lambda: _all_finite(grads, level.axis_name),
         )
+        stopped = guarding.dropped(state.guard, good & ~whole)
+
+        def stay(grads: Any) -> tuple[Any, HyperState]:
+            return jax.tree.map(jnp.zeros_like, grads), state._replace(guard=stopped)
+
         # As an operand, and not closed over: then zeros like them lie as they do, on an Explicit mesh without jit, too.
-        updates, new = jax.lax.cond(good, advance, stay, grads)
+        updates, new = jax.lax.cond(good & whole, advance, stay, grads)
     else:
         updates, new = advance(grads)
     if guards.rollback:
@@ -218,16 +225,23 @@ def _update(
     return updates, new
 
 
-def _advance(
-    level: _Level, grads: Any, signals: Values, state: HyperState, params: Any, extra: dict
-) -> tuple[Any, HyperState]:
-    rule, method, guards, count = level.rule, level.method, level.guards, state.updates
+class _Above(NamedTuple):
+    """What the level above has done: scalars only."""
+
+    raw: Values
+    was_set: dict[str, jax.Array]
+    signals: Values
+    by: Any
+    guard: guarding.GuardState
+
+
+def _above(level: _Level, signals: Values, state: HyperState) -> _Above:
+    """2. The level above moves the hyperparameters, after the levels above it have moved its own."""
+    rule, guards, count = level.rule, level.guards, state.updates
     signals = jax.tree.map(lambda h: jnp.where(state.moved, h, 0), signals)
     guard = state.guard
     if guards.skip_nonfinite:
-        signals, guard = guarding.counted(guard, signals)
-
-    # 2. The level above moves the hyperparameters, after the levels above it have moved its own.
+        signals, guard = guarding.counted(guards, guard, signals)
     steps, guard = guarding.normalized(guards, guard, signals)
     steps, by_state = level.upper.update(steps, state.by, state.raw)
     if guards.skip_nonfinite:
@@ -239,30 +253,68 @@ def _advance(
     raw, was_set = rule.by_hand(state.raw, state.values, named(state.values, state.used), last)
     steps = jax.tree.map(lambda was, s: jnp.where(was, 0, s), was_set, steps)
     raw = rule.clip(jax.tree.map(lambda r, s: (r + s).astype(r.dtype), raw, steps))
+    return _Above(raw, was_set, signals, by_state, guard)
 
-    # 3. The base optimizer moves the parameters, with the new values.
+
+def _foreseen(
+    level: _Level, raw: Values, grads: Any, state: HyperState, params: Any, extra: dict
+) -> tuple[jax.Array | None, jax.Array]:
+    """(the factor that shortens the update, whether it is finite and so is the loss that it reads).
+
+    The update is computed for its sums alone, before anything is written, and then again: to choose afterwards between old
+    and new states would need both of them in memory.
+    """
+    rule, guards = level.rule, level.guards
+    factor, whole = None, jnp.ones((), bool)
+    if not (guards.max_move or guards.skip_nonfinite):
+        return factor, whole
+    settled = level.method.settled(rule, raw, state.updates, params)
+    values = rule.values(settled, state.updates)
+    updates, _ = rule.apply(values, grads, state.base, params, extra)
+    if guards.max_move:
+        factor, whole = guarding.shortening(
+            guards, rule, updates, params, state.updates, level.axis_name
+        )
+    else:
+        whole = _all_finite(updates, level.axis_name)
+    if level.reads_value and "value" in extra:
+        whole &= guarding.finite(extra["value"])
+    return factor, whole
+
+
+def _advance(
+    level: _Level,
+    grads: Any,
+    above: _Above,
+    factor: jax.Array | None,
+    state: HyperState,
+    params: Any,
+    extra: dict,
+) -> tuple[Any, HyperState]:
+    """3. The base optimizer moves the parameters, with the new values."""
+    rule, method, guards, count = level.rule, level.method, level.guards, state.updates
+    raw = above.raw
     step = method.step(rule, raw, count, grads, state.base, params, extra)
     updates, memory = step.updates, step.memory
-    if guards.max_move:
-        factor = guarding.shortening(guards, rule, updates, params, count, level.axis_name)
+    if factor is not None:
         updates, memory = scaled(factor, updates), method.shortened(memory, factor)
         rate = method.settled(rule, raw, count, params)[guards.rate]
         rate = rule.learned[guards.rate].scaled(rate, factor)
         raw = rule.clip(raw | {guards.rate: jnp.where(factor < 1, rate, raw[guards.rate])})
     if level.trace:
         memory = level.trace.added(state.memory, memory, count)
-    start = (count == 0) | was_set.get(guards.rate, False)
+    start = (count == 0) | above.was_set.get(guards.rate, False)
     values = rule.values(method.settled(rule, raw, count, params), count)
     return updates, HyperState(
         updates=count + 1,
         values=values,
         used=jax.tree.map(jnp.copy, row(values)),  # no buffer twice, if this is not inside jit
         raws=row(raw),
-        slopes=row(signals),
+        slopes=row(above.signals),
         base=step.base,
-        by=by_state,
+        by=above.by,
         memory=memory,
-        guard=guarding.peaked(guards, rule, guard, raw, start),
+        guard=guarding.peaked(guards, rule, above.guard, raw, start),
         moved=jnp.ones((), bool),
     )
 

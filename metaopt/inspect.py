@@ -61,6 +61,8 @@ def learned(opt_state: Any) -> dict[str, jax.Array]:
       skipped/learning_rate    how many of its signals were not finite and counted as zero; as many as updates: it is
                                never learned
       skipped/by               how many steps of the upper optimizer were not finite and not taken
+      skipped/update           how many updates of the parameters were not finite (too large a number, NaN in the loss that
+                               the rule reads) and not made
       of_peak/learning_rate    the rate over its largest so far (since it was set, or rolled back), without its schedule;
                                below 1e-4 it has stalled, unless the loss is at its minimum; see `auto`
       by/...                   the same of the level above
@@ -81,7 +83,7 @@ def _level(level: HyperState) -> dict[str, jax.Array]:
     seen = dict(level.values)
     seen |= {f"signal/{name}": h for name, h in level.signals.items()}
     seen |= {f"skipped/{name}": n for name, n in named(level.values, guard.skipped).items()}
-    seen["skipped/by"] = guard.refused
+    seen |= {"skipped/by": guard.refused, "skipped/update": guard.dropped}
     of_peak = {k: v for k, v in guard.peak.items() if k.startswith(OF_PEAK)}
     return seen | {f"of_peak/{name.removeprefix(OF_PEAK)}": v for name, v in of_peak.items()}
 
@@ -105,11 +107,12 @@ def describe(opt_state: Any) -> str:
 def _skipped(level: HyperState) -> str:
     counts = {f"signals of {k}": n for k, n in named(level.values, level.guard.skipped).items()}
     counts["steps of the level above"] = level.guard.refused
+    counts["updates of the parameters"] = level.guard.dropped
     if not all(isinstance(n, (jax.Array, np.ndarray)) for n in (*counts.values(), level.updates)):
         return ""
     if any(isinstance(n, jax.core.Tracer) for n in counts.values()):
         return ""
-    total = int(np.max(level.updates))
+    total = int(np.max(level.updates + level.guard.dropped))
     some = [
         f"; skipped {int(np.max(n))} of {total} {what}" for what, n in counts.items() if np.any(n)
     ]

@@ -8,6 +8,7 @@ import pytest
 
 import metaopt
 from metaopt import Guards, Rollback, Trace, auto, hyper, learn
+from metaopt.auto import top
 from metaopt.safe import safe_roots
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 0.3]), "dead": jnp.ones(2)}
@@ -192,3 +193,69 @@ def test_a_rate_that_stalls_is_seen_and_can_be_set_again():
     assert part[:20].min() > 1e-2 and part[-1] < 1e-4
     (_, state), log = train(params, optax.tree.set(state, learning_rate=jnp.float32(0.01)))
     assert log["learning_rate"][0] == pytest.approx(0.01) and log["of_peak/learning_rate"][0] == 1
+
+
+@pytest.mark.parametrize("what", ["auto", "hyper", "float16"])
+def test_updates_that_are_not_finite_are_not_made(what):
+    """Finite gradients, but not their product with the rate, or Adam's root in float16."""
+    rate, dtype, size = 1e3, jnp.float32, 1e36
+    tx = auto(optax.sgd, learning_rate=rate)
+    if what == "hyper":
+        tx = hyper(optax.sgd, learning_rate=learn(rate), by=optax.sgd(0.1))
+    if what == "float16":
+        tx, dtype, size = auto(optax.adamw), jnp.float16, 1e-3
+    params = {"w": jnp.ones(50, dtype)}
+    start = tx.init(params)
+    updates, state = jax.jit(tx.update)({"w": jnp.full(50, size, dtype)}, start, params)
+    assert np.all(updates["w"] == 0)
+    kept = start._replace(guard=start.guard._replace(dropped=jnp.int32(1)))
+    jax.tree.map(np.testing.assert_array_equal, state, kept)
+    assert int(metaopt.learned(state)["skipped/update"]) == 1
+    assert metaopt.describe(state).endswith("; skipped 1 of 1 updates of the parameters")
+
+
+def test_an_update_too_large_to_be_squared_is_shortened_as_any_other():
+    tx = hyper(optax.sgd, learning_rate=learn(10.0), by=optax.sgd(0.1), guards=Guards(max_move=0.1))
+    for size in (1e25, 1e35):
+        params, grads = {"w": jnp.ones(50)}, {"w": jnp.full(50, size)}
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+        np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-5)
+        assert int(metaopt.learned(state)["skipped/update"]) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("factory", [optax.contrib.momo, optax.contrib.momo_adam, optax.polyak_sgd])
+def test_a_loss_that_is_no_number_is_not_read(factory, bad):
+    tx = hyper(
+        factory,
+        **{"max_learning_rate" if factory is optax.polyak_sgd else "learning_rate": learn(0.1)},
+        by=top(),
+    )
+    update = jax.jit(tx.update)
+    _, before = update(GRADS, tx.init(PARAMS), PARAMS, value=1.0)
+    updates, state = update(GRADS, before, PARAMS, value=bad)
+    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, state.base, before.base)
+    assert int(metaopt.learned(state)["skipped/update"]) == 1
+    updates, state = update(GRADS, state, PARAMS, value=0.9)
+    assert np.any(updates["w"] != 0) and np.isfinite(updates["w"]).all()
+
+
+def test_one_huge_gradient_does_not_stop_learning_for_ever():
+    """Its square is infinite, and so would be the running mean of squares."""
+    tx = auto(optax.sgd, learning_rate=1e-2)
+    params = {"w": jnp.ones(4)}
+
+    @jax.jit
+    def train(state, sizes):
+        def step(state, size):
+            _, state = tx.update({"w": jnp.full(4, size)}, state, params)
+            return state, state.values["learning_rate"]
+
+        return jax.lax.scan(step, state, sizes)
+
+    state, _ = train(tx.init(params), jnp.ones(20).at[-1].set(1e20))
+    state, rates = train(state, jnp.ones(100))
+    assert int(metaopt.learned(state)["skipped/learning_rate"]) >= 1
+    assert np.isfinite(np.asarray(state.guard.mean_square)).all()
+    assert rates[-1] > 2 * rates[0], "the signal asks for more"
