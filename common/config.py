@@ -3,7 +3,7 @@
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -80,6 +80,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}"
         )
     return value
+
+
+def check_choices(**choices: Sequence[Any]) -> None:
+    """Raises ValueError for a list of what to run, by its setting's name, that is empty or names something twice."""
+    for name, values in choices.items():
+        if not values:
+            raise ValueError(f"{name}=(): give at least one")
+        if twice := [v for i, v in enumerate(values) if v in values[:i]]:
+            raise ValueError(f"{name} has {twice[0]!r} twice: give each once")
 
 
 def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:

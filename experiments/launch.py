@@ -30,6 +30,7 @@ from common.config import ConfigError
 from common.host import keep_freed_memory
 from common.paths import check_local
 from experiments import usage
+from experiments.stopping import interrupted, leave
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: PATH.py or PATH.py:argument,key=value.", lock_config=True
@@ -44,8 +45,6 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all (auto on TPU, SLURM).")
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number (auto on TPU, SLURM).")
 
-EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
-
 # What parsing flags and reading a config can raise.
 _WRONG_FLAGS = (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError)
 
@@ -55,8 +54,7 @@ def main(argv: list[str]) -> int:
     try:
         return _launch(argv)
     except KeyboardInterrupt:
-        print("stopped; start the same command again to continue", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupted()
 
 
 def _launch(argv: list[str]) -> int:
@@ -183,4 +181,4 @@ def _fail(error: object, code: int = 2) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     keep_freed_memory()
-    sys.exit(main(sys.argv))
+    leave(main(sys.argv))

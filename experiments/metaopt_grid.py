@@ -22,6 +22,7 @@ import optax
 from rich.progress import Progress
 
 from common.checkpoint import Checkpointer
+from common.config import check_choices
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.progress import draws_bars
 from common.results import ResultRow
@@ -93,10 +94,9 @@ class GridSpec:
             raise ValueError(
                 f"epochs={self.epochs}, batch={self.batch}, save_every={self.save_every}: at least 1"
             )
-        if not self.rates or not self.seeds or min(self.rates) <= 0:
-            raise ValueError(
-                f"rates={self.rates} must be positive, and seeds={self.seeds} not empty"
-            )
+        check_choices(rates=self.rates, seeds=self.seeds)
+        if min(self.rates) <= 0:
+            raise ValueError(f"rates={self.rates} must be positive")
 
 
 @dataclass(frozen=True)

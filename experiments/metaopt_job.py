@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.config import ConfigError, build
+from common.config import ConfigError, build, check_choices
 from common.results import ResultRow, append_row, read_rows
 from experiments.metaopt_gpt import gpt_task
 from experiments.metaopt_grid import (
@@ -100,6 +100,10 @@ def resolve(values: Mapping[str, Any]) -> tuple[list[Method], GridSpec, TaskSett
     for group in ("job", "name", "task", "grid", "methods"):
         if group not in values:
             raise ConfigError(f"config.{group} is missing")
+    try:
+        check_choices(methods=values["methods"])
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from error
     if unknown := [m for m in values["methods"] if m not in METHODS]:
         raise ConfigError(f"config.methods has {unknown[0]!r}; known: {', '.join(METHODS)}")
     settings = build(TaskSettings, values["task"], "config.task.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import optax
 from rich.table import Table
 
-from common.config import ConfigError, build
+from common.config import ConfigError, build, check_choices
 from common.results import append_row, read_rows
 from experiments.metaopt_grid import GridSpec, Method, Task, leaves_when_told, run_grid, summary
 from experiments.metaopt_job import TaskSettings, check_batch, open_task, wide_console
@@ -88,6 +88,11 @@ def run(run: Run) -> int:
     known = {row.name: row for row in ROWS}
     if unknown := [name for name in values["rows"] if name not in known]:
         raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
+    if values["rows"]:  # none: all
+        try:
+            check_choices(rows=values["rows"])
+        except ValueError as error:
+            raise ConfigError(f"config: {error}") from error
     chosen = [known[name] for name in values["rows"]] or ROWS
     run.begin(0)
     for row in chosen:

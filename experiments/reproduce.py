@@ -13,13 +13,13 @@ it stood; what is done is not done again.
 import argparse
 import logging
 import pkgutil
-import sys
 import time
 from pathlib import Path
 
 from common.distributed import EXIT_PREEMPTED
 from common.host import keep_freed_memory
 from common.paths import check_local
+from experiments.stopping import interrupted, leave
 
 # The quickest first: something to look at within a minute. By name, so that none loads before its turn.
 PARTS = {
@@ -30,15 +30,11 @@ PARTS = {
 log = logging.getLogger("triptych")
 
 
-EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
-
-
 def main(argv: list[str] | None = None) -> int:
     try:
         return _reproduce(argv)
     except KeyboardInterrupt:
-        print("stopped; start the same command again to continue", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return interrupted()
 
 
 def _reproduce(argv: list[str] | None) -> int:
@@ -98,4 +94,4 @@ def _reproduce(argv: list[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

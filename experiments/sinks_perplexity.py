@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from common.checkpoint import Checkpointer
-from common.config import ConfigError, build
+from common.config import ConfigError, build, check_choices
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.plots import curves
 from common.results import config_hash, markdown_table, read_rows
@@ -56,6 +56,7 @@ class Settings:
     seed: int
 
     def __post_init__(self):
+        check_choices(policies=self.policies, cache_sizes=self.cache_sizes, sinks=self.sinks)
         if self.chunk < 1 or self.save_every < 1:
             raise ValueError(f"chunk={self.chunk}, save_every={self.save_every}: at least 1")
         list(self.sweep(10))  # refuses unknown policies and impossible sizes

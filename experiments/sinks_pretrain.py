@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
-from common.config import ConfigError, build
+from common.config import ConfigError, build, check_choices
 from common.data import (
     LoaderSpec,
     array_source,
@@ -78,6 +78,9 @@ class EvaluateSettings:
     tokens: int
     chunk: int
 
+    def __post_init__(self):
+        check_choices(sinks=self.sinks)
+
     def specs(self) -> dict[str, CacheSpec]:
         """By their names in the paper's Table 3: "1+255"."""
         return {f"{s}+{self.cache_size - s}": CacheSpec(s, self.cache_size - s) for s in self.sinks}
@@ -97,6 +100,9 @@ class Settings:
     train: TrainSpec
     mesh: MeshSpec
     evaluate: EvaluateSettings
+
+    def __post_init__(self):
+        check_choices(variants=self.variants)
 
     def recipe(self, name: str) -> LanguageModel:
         m = self.model

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from common.config import build
+from common.config import build, check_choices
 from common.plots import COLORS, INK
 from common.results import markdown_table
 from experiments.clock import write_json
@@ -50,6 +50,7 @@ class Settings:
     tokens: int
 
     def __post_init__(self):
+        check_choices(policies=self.policies, cache_sizes=self.cache_sizes)
         if unknown := set(self.policies) - set(POLICIES):
             raise ValueError(
                 f"policies {sorted(unknown)} are unknown; known: {', '.join(POLICIES)}"

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.config import ConfigError, build
+from common.config import ConfigError, build, check_choices
 from common.plots import COLORS
 from common.results import markdown_table
 from common.writers import complete_lines
@@ -45,6 +45,7 @@ class Settings:
     seed: int
 
     def __post_init__(self):
+        check_choices(policies=self.policies, cache_sizes=self.cache_sizes)
         known = POLICIES[:2] if self.job == "sinks_streameval" else POLICIES
         if odd := [p for p in self.policies if p not in known]:
             raise ValueError(f"policies {', '.join(odd)}: known are {', '.join(known)}")
