@@ -12,6 +12,7 @@ it stood; what is done is not done again.
 
 import argparse
 import logging
+import math
 import pkgutil
 import time
 from pathlib import Path
@@ -37,6 +38,13 @@ def main(argv: list[str] | None = None) -> int:
         return interrupted()
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:  # nor NaN
+        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+    return value
+
+
 def _reproduce(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce",
@@ -48,7 +56,9 @@ def _reproduce(argv: list[str] | None) -> int:
         "--workdir", type=Path, default=Path("runs/reproduce"), help="of tables, rows and pictures"
     )
     parser.add_argument("--seeds", type=int, default=1, help="of I-JEPA, to average (default 1)")
-    parser.add_argument("--epochs", type=float, default=0, help="of I-JEPA; default: its config's")
+    parser.add_argument(
+        "--epochs", type=_positive, default=0, help="of I-JEPA; default: its config's"
+    )
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: at least 1")

@@ -95,7 +95,10 @@ def test_a_seed_counts_once_and_no_other_seeds_are_shown(tmp_path):
     assert [row.metrics["x"] for row in found] == [0.2, 0.3]
 
 
-@pytest.mark.parametrize("flag", ["--only=dinosaur", "--seeds=0"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--only=dinosaur", "--seeds=0", *(f"--epochs={n}" for n in ("0", "-1", "nan", "inf", "few"))],
+)
 def test_wrong_flags_are_named(parts, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         reproduce.main([flag])
