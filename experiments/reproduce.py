@@ -15,6 +15,7 @@ import logging
 import math
 import pkgutil
 import time
+import warnings
 from pathlib import Path
 
 from common.distributed import EXIT_PREEMPTED
@@ -73,6 +74,7 @@ def _reproduce(argv: list[str] | None) -> int:
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     from common.workdir import hold  # both load libraries that would set logging up their way
     from experiments.jobs import explain
 

@@ -1,5 +1,7 @@
 """`make reproduce` goes through its parts whatever one of them does, and says which failed."""
 
+import warnings
+
 import pytest
 
 from common.config import ConfigError
@@ -58,6 +60,12 @@ def test_a_failing_part_is_named_and_the_others_run(parts, tmp_path, caplog, out
         assert reproduce.main([f"--workdir={tmp_path}"]) == 1
     assert ran == ["metaopt", "sinks", "jepa"]
     assert "failed: sinks" in caplog.text
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert reproduce.main([f"--workdir={tmp_path}"]) == 0
+    assert warnings.formatwarning("no bos", UserWarning, "job.py", 14, "x()") == "warning: no bos\n"
 
 
 def test_preempted_stops_at_once(parts, tmp_path):
