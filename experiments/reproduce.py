@@ -11,6 +11,7 @@ it stood; what is done is not done again.
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import pkgutil
@@ -40,10 +41,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:  # nor NaN
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:  # nor NaN
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
 
 
 def _reproduce(argv: list[str] | None) -> int:
