@@ -46,7 +46,15 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all (auto
 _PROCESS = flags.DEFINE_integer("process_id", None, "This process's number (auto on TPU, SLURM).")
 
 # What parsing flags and reading a config can raise.
-_WRONG_FLAGS = (flags.Error, ConfigError, AttributeError, KeyError, ValueError, OSError)
+_WRONG_FLAGS = (
+    flags.Error,
+    ConfigError,
+    AttributeError,
+    KeyError,
+    ValueError,
+    OSError,
+    SyntaxError,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -166,6 +174,8 @@ def _plain(error: BaseException) -> str:
         return str(ours[-1])
     if wrong := [str(e.args[0]) for e in chain if isinstance(e, KeyError)]:
         return "no such setting: " + wrong[0].replace("\n", ". ")
+    if isinstance(error, SyntaxError):
+        return f"cannot read the config: {error.filename}, line {error.lineno}: {error.msg}"
     if isinstance(error, OSError):
         return (
             f"cannot read the config: {str(error).splitlines()[-1].strip()}; give --config=PATH.py"

@@ -336,7 +336,12 @@ def _load(path_and_arg: str) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location("config", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(
+            f"--config={path}: {error.filename}, line {error.lineno}: {error.msg}"
+        ) from error
     return module.get_config(arg).to_dict()
 
 

@@ -11,9 +11,12 @@ it stood; what is done is not done again.
 """
 
 import argparse
+import contextlib
 import logging
+import math
 import pkgutil
 import time
+import warnings
 from pathlib import Path
 
 from common.distributed import EXIT_PREEMPTED
@@ -37,6 +40,13 @@ def main(argv: list[str] | None = None) -> int:
         return interrupted()
 
 
+def _positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:  # nor NaN
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
+
+
 def _reproduce(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce",
@@ -48,7 +58,9 @@ def _reproduce(argv: list[str] | None) -> int:
         "--workdir", type=Path, default=Path("runs/reproduce"), help="of tables, rows and pictures"
     )
     parser.add_argument("--seeds", type=int, default=1, help="of I-JEPA, to average (default 1)")
-    parser.add_argument("--epochs", type=float, default=0, help="of I-JEPA; default: its config's")
+    parser.add_argument(
+        "--epochs", type=_positive, default=0, help="of I-JEPA; default: its config's"
+    )
     args = parser.parse_args(argv)
     if args.seeds < 1:
         parser.error(f"--seeds={args.seeds}: at least 1")
@@ -63,6 +75,7 @@ def _reproduce(argv: list[str] | None) -> int:
     keep_freed_memory()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     from common.workdir import hold  # both load libraries that would set logging up their way
     from experiments.jobs import explain
 

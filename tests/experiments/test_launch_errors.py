@@ -267,6 +267,12 @@ def test_a_config_file_that_is_not_there_is_named(refusal, override):
     assert "'experiments/configs/jepa/none.py'" in text and "No such file" in text
 
 
+def test_a_config_file_that_is_no_python_is_named_with_the_line(refusal, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text('def get_config(arg=""):\n    return x y\n')
+    assert f"{path}, line 2: invalid syntax" in refusal(f"--config={path}")
+
+
 def test_half_the_flags_of_a_cluster_are_refused(refusal):
     assert "all or none" in refusal(SMOKE, "--num_processes=2")
 

@@ -1,5 +1,7 @@
 """`make reproduce` goes through its parts whatever one of them does, and says which failed."""
 
+import warnings
+
 import pytest
 
 from common.config import ConfigError
@@ -60,6 +62,12 @@ def test_a_failing_part_is_named_and_the_others_run(parts, tmp_path, caplog, out
     assert "failed: sinks" in caplog.text
 
 
+def test_a_warning_is_one_line_without_a_place_in_the_code(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert reproduce.main([f"--workdir={tmp_path}"]) == 0
+    assert warnings.formatwarning("no bos", UserWarning, "job.py", 14, "x()") == "warning: no bos\n"
+
+
 def test_preempted_stops_at_once(parts, tmp_path):
     ran, behave = parts
     behave("sinks", EXIT_PREEMPTED)
@@ -95,7 +103,10 @@ def test_a_seed_counts_once_and_no_other_seeds_are_shown(tmp_path):
     assert [row.metrics["x"] for row in found] == [0.2, 0.3]
 
 
-@pytest.mark.parametrize("flag", ["--only=dinosaur", "--seeds=0"])
+@pytest.mark.parametrize(
+    "flag",
+    ["--only=dinosaur", "--seeds=0", *(f"--epochs={n}" for n in ("0", "-1", "nan", "inf", "few"))],
+)
 def test_wrong_flags_are_named(parts, capsys, flag):
     with pytest.raises(SystemExit) as stop:
         reproduce.main([flag])
