@@ -237,3 +237,13 @@ def test_wrong_kinds_are_said_with_the_remedy():
             make()
     metaopt.auto(optax.sgd, guards=Guards(max_move=np.float32(0.1), settle=np.int64(5)))
     assert learn(jnp.float32(0.5)).init == learn(np.array(0.5)).init == learn(0.5).init
+
+
+def test_parameters_without_a_gradient_are_refused():
+    params = {"w": jnp.ones(2), "n": jnp.arange(2)}
+    tx = metaopt.auto(optax.adamw)
+    with needs(r"params\['n'\] is int32, which has no gradient.*optax.partition"):
+        tx.init(params)
+    tx = optax.partition({"a": tx, "b": optax.set_to_zero()}, {"w": "a", "n": "b"})
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not updates["n"].any() and updates["w"].all()
