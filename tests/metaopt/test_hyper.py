@@ -137,6 +137,7 @@ def test_learned_finds_every_level_anywhere():
         "skipped/learning_rate",
         "of_peak/learning_rate",
         "skipped/by",
+        "skipped/update",
     }
     decay = {"by/b1", "by/signal/b1", "by/skipped/b1"}
     assert set(values) == rate | {f"by/{name}" for name in rate} | decay
