@@ -1,6 +1,8 @@
 """What keeps a learned hyperparameter from ruining a run. Each guard can be switched off."""
 
+import math
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +31,19 @@ class Rollback:
     every: int = 50
 
     def __post_init__(self):
+        for name in ("cut", "deviations", "share", "every"):
+            kind = Integral if name == "every" else Real
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                what = "a whole number" if name == "every" else "a number"
+                raise TypeError(f"Rollback({name}={value!r}): give {what}")
+        # Written so that NaN is refused, too.
         if not 0 < self.cut < 1:
             raise ValueError(f"Rollback(cut={self.cut}) must lie strictly between 0 and 1")
+        for name in ("deviations", "share"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"Rollback({name}={value}) must be finite and not negative")
         if self.every < 1:
             raise ValueError(f"Rollback(every={self.every}) must be at least 1")
 
@@ -68,6 +81,13 @@ class Guards:
     rollback: Rollback | None = None
     rate: str = "learning_rate"
 
+    def __post_init__(self):
+        # Numbers of numpy as numbers of Python, whose type decides no other.
+        for name in ("max_change", "max_move", "settle"):
+            value = getattr(self, name)
+            if isinstance(value, Real) and not isinstance(value, (bool, int, float)):
+                object.__setattr__(self, name, float(value))
+
     @classmethod
     def none(cls) -> "Guards":
         """Every guard off."""
@@ -90,6 +110,9 @@ class Guards:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"Guards({name}={value!r}): give a number, 0 for none")
+        for name in ("skip_nonfinite", "safe_sqrt", "normalize"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Guards({name}={getattr(self, name)!r}): give True or False")
         if self.rollback is not None and not isinstance(self.rollback, Rollback):
             raise TypeError(
                 f"Guards(rollback={self.rollback!r}): give Rollback(), or None for none"

@@ -143,6 +143,12 @@ def _level(
 
 def _init(level: _Level, params: Any) -> HyperState:
     rule = level.rule
+    for path, x in jax.tree.flatten_with_path(params)[0]:
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is {x.dtype.name}, which has no gradient: leave it out of the "
+                "parameters, or give it optax.set_to_zero() with optax.partition"
+            )
     raw = rule.init_raw(params)
     updates = jnp.zeros((), jnp.int32)
     values = rule.values(level.method.settled(rule, raw, updates, params), updates)

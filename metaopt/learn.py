@@ -66,6 +66,11 @@ class Learn:
                 f"{name}=learn({value}): the {bijector.name} bijector needs a value strictly between {least} and "
                 f"{most}; use {remedy}"
             )
+        if not (low == -_INF or low >= least) or not (high == _INF or high <= most):
+            raise ValueError(
+                f"{name}=learn({value}): bounds=({low}, {high}) reach beyond what the {bijector.name} bijector can give, "
+                f"{least} to {most}; -inf and inf where there is none"
+            )
         if not low <= value <= high:
             raise ValueError(f"{name}=learn({value}) starts outside its bounds ({low}, {high})")
         return Learn(value, bijector, self.scope, (low, high), self.schedule)

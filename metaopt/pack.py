@@ -6,6 +6,7 @@ handing over than in computing.
 
 import copyreg
 import threading
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,8 @@ class Packed(_Arrays, metaclass=_Layout):
     """A tree of small arrays, as a named tuple. Two of the same layout have the same class.
 
     Attributes:
-      vectors: by the dtype's name, its leaves flattened one after another, in the tree's order.
+      vectors: by the dtype's name and the tree's mark, its leaves flattened one after another, in the tree's order. The mark
+        is of what the leaves are called: what loads a state by its names refuses that of another optimizer of this size.
       others: leaves that cannot be (PRNG keys), in order.
       structure: of the tree.  leaves: each one's dtype ("" among the others) and shape. Both belong to the class.
     """
@@ -38,6 +40,7 @@ class Packed(_Arrays, metaclass=_Layout):
     __slots__ = ()
     structure: Any
     leaves: Leaves
+    mark: str
 
     def unpack(self) -> Any:
         """The tree. Axes that `jax.vmap` put before all arrays stay in front of each; shapes give shapes.
@@ -49,7 +52,7 @@ class Packed(_Arrays, metaclass=_Layout):
         ends = dict.fromkeys(self.vectors, 0)
         for name, shape in self.leaves:
             if name:
-                ends[name] = ends.get(name, 0) + int(np.prod(shape))
+                ends[name + self.mark] = ends.get(name + self.mark, 0) + int(np.prod(shape))
         sizes = {name: vector.shape[-1] for name, vector in self.vectors.items()}
         if ends != sizes:
             raise ValueError(
@@ -60,8 +63,9 @@ class Packed(_Arrays, metaclass=_Layout):
             if not name:
                 out.append(next(others))
                 continue
-            vector, start = self.vectors[name], starts[name]
-            starts[name] = end = start + int(np.prod(shape))
+            key = name + self.mark
+            vector, start = self.vectors[key], starts[key]
+            starts[key] = end = start + int(np.prod(shape))
             out.append(vector[..., start:end].reshape((*vector.shape[:-1], *shape)))
         return jax.tree.unflatten(self.structure, out)
 
@@ -70,11 +74,19 @@ _KNOWN: dict[tuple[Any, Leaves], type[Packed]] = {}
 _LOCK = threading.Lock()
 
 
+def _mark(structure: Any, leaves: Leaves) -> str:
+    """The same in every process for the same names, dtypes and shapes."""
+    paths, _ = jax.tree.flatten_with_path(jax.tree.unflatten(structure, range(len(leaves))))
+    names = (jax.tree_util.keystr(path) for path, _ in paths)
+    return f"_{zlib.crc32(repr([*zip(names, leaves)]).encode()):08x}"
+
+
 def _layout(structure: Any, leaves: Leaves) -> type[Packed]:
     """The one class of this layout: two classes would be two structures to jax."""
     with _LOCK:
         if (structure, leaves) not in _KNOWN:
-            members = {"__slots__": (), "structure": structure, "leaves": leaves}
+            mark = _mark(structure, leaves)
+            members = {"__slots__": (), "structure": structure, "leaves": leaves, "mark": mark}
             _KNOWN[structure, leaves] = _Layout("Packed", (Packed,), members)
         return _KNOWN[structure, leaves]
 
@@ -88,13 +100,16 @@ def pack(tree: Any) -> Packed:
     leaves, structure = jax.tree.flatten(tree)
     leaves = [jnp.asarray(leaf) for leaf in leaves]
     names = ["" if jnp.issubdtype(x.dtype, jax.dtypes.extended) else x.dtype.name for x in leaves]
+    layout = _layout(structure, tuple((n, x.shape) for n, x in zip(names, leaves)))
     vectors = {
-        name: jnp.concatenate([x.reshape(-1) for x, n in zip(leaves, names) if n == name])
+        name + layout.mark: jnp.concatenate(
+            [x.reshape(-1) for x, n in zip(leaves, names) if n == name]
+        )
         for name in dict.fromkeys(names)
         if name
     }
     others = tuple(x for x, name in zip(leaves, names) if not name)
-    return _layout(structure, tuple((n, x.shape) for n, x in zip(names, leaves)))(vectors, others)
+    return layout(vectors, others)
 
 
 def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

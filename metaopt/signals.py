@@ -11,7 +11,9 @@ No derivative of the model but g, which the train step has anyway. Three ways to
   Replay   the update's inputs are kept and the update is run again backwards; any rule, any number of keywords
 """
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -48,10 +50,14 @@ class Trace:
     power: float | None = None
 
     def __post_init__(self):
+        for name, value in (("gamma", self.gamma), ("power", self.power)):
+            none = name == "power" and value is None
+            if isinstance(value, bool) or not (isinstance(value, Real) or none):
+                raise TypeError(f"Trace({name}={value!r}): give a number")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"Trace(gamma={self.gamma}) must lie in [0, 1]")
-        if self.power is not None and self.power < 0:
-            raise ValueError(f"Trace(power={self.power}) must not be negative")
+        if self.power is not None and not 0 <= self.power < math.inf:
+            raise ValueError(f"Trace(power={self.power}) must be finite and not negative")
 
     def __bool__(self) -> bool:
         return self.gamma > 0 or self.power is not None

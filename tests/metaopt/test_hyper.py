@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import metaopt
-from metaopt import Guards, Trace, hyper, learn
+from metaopt import Guards, Rollback, Trace, hyper, learn
 from metaopt.inspect import levels
 from tests.metaopt.small import CASES, SGD, float64, learned, model, run
 
@@ -137,6 +137,7 @@ def test_learned_finds_every_level_anywhere():
         "skipped/learning_rate",
         "of_peak/learning_rate",
         "skipped/by",
+        "skipped/update",
     }
     decay = {"by/b1", "by/signal/b1", "by/skipped/b1"}
     assert set(values) == rate | {f"by/{name}" for name in rate} | decay
@@ -207,6 +208,19 @@ def test_wrong_kinds_are_said_with_the_remedy():
         (r"max_move='a'\): give a number", lambda: metaopt.auto(optax.sgd, guards=Guards(max_move="a"))),
         (r"rollback=True\): give Rollback\(\)", lambda: metaopt.auto(optax.sgd, guards=Guards(rollback=True))),
         (r"max_change=nan", lambda: hyper(optax.sgd, guards=Guards(max_change=float("nan")), **rate)),
+        (r"deviations=nan\) must be finite", lambda: Rollback(deviations=float("nan"))),
+        (r"share=-3\) must be", lambda: Rollback(share=-3)),
+        (r"every=1.5\): give a whole number", lambda: Rollback(every=1.5)),
+        (r"every=nan\): give a whole number", lambda: Rollback(every=float("nan"))),
+        (r"cut='x'\): give a number", lambda: Rollback(cut="x")),
+        (r"gamma='1'\): give a number", lambda: Trace(gamma="1")),
+        (r"power=nan\) must be finite", lambda: Trace(power=float("nan"))),
+        (r"skip_nonfinite='no'\): give True or False",
+         lambda: metaopt.auto(optax.sgd, guards=Guards(skip_nonfinite="no"))),
+        (r"bounds=\(-1.0, 0.5\) reach beyond what the log",
+         lambda: metaopt.auto(optax.sgd, learning_rate=learn(0.1, bounds=(-1.0, 0.5)))),
+        (r"bounds=\(-1, 2\) reach beyond what the logit",
+         lambda: hyper(optax.adam, b1=learn(0.9, bounds=(-1, 2)), **rate)),
         (r"bounds=\(None, 1\): give two numbers", lambda: learn(0.1, bounds=(None, 1))),
         (r"bounds=\(1, 0\): the lower one", lambda: learn(0.1, bounds=(1, 0))),
         (r"bijector=3: give a Bijector", lambda: learn(0.1, bijector=3)),
@@ -222,4 +236,15 @@ def test_wrong_kinds_are_said_with_the_remedy():
     for message, make in cases:
         with needs(message):
             make()
+    metaopt.auto(optax.sgd, guards=Guards(max_move=np.float32(0.1), settle=np.int64(5)))
     assert learn(jnp.float32(0.5)).init == learn(np.array(0.5)).init == learn(0.5).init
+
+
+def test_parameters_without_a_gradient_are_refused():
+    params = {"w": jnp.ones(2), "n": jnp.arange(2)}
+    tx = metaopt.auto(optax.adamw)
+    with needs(r"params\['n'\] is int32, which has no gradient.*optax.partition"):
+        tx.init(params)
+    tx = optax.partition({"a": tx, "b": optax.set_to_zero()}, {"w": "a", "n": "b"})
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert not updates["n"].any() and updates["w"].all()

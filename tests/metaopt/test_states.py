@@ -77,14 +77,19 @@ def test_states_of_one_layout_are_one_structure():
 
 
 def test_bytes_of_another_tower_are_refused():
-    """flax does not look at shapes."""
+    """flax does not look at shapes, but at names: also where the other state is of the same size."""
     rate = lambda by: hyper(optax.adam, learning_rate=learn(0.1), by=by)  # noqa: E731
     low, high = rate(rate(optax.sgd(0.1))), rate(rate(rate(optax.sgd(0.1))))
-    other = flax.serialization.from_bytes(
-        low.init(PARAMS), flax.serialization.to_bytes(high.init(PARAMS))
-    )
+    adagrad, momentum = rate(optax.adagrad(0.1)), rate(optax.sgd(0.1, momentum=0.9))
+    for ours, theirs in ((low, high), (momentum, adagrad)):
+        saved = flax.serialization.to_bytes(theirs.init(PARAMS))
+        with pytest.raises(ValueError, match="keys do not match"):
+            flax.serialization.from_bytes(ours.init(PARAMS), saved)
+    # What looks at neither is found out by the numbers.
     with pytest.raises(ValueError, match="saved from another optimizer"):
-        low.update(PARAMS, other, PARAMS)
+        by = high.init(PARAMS).by.vectors
+        wrong = low.init(PARAMS)
+        low.update(PARAMS, wrong._replace(by=wrong.by._replace(vectors=by)), PARAMS)
 
 
 def test_optax_reads_and_sets_the_rate():
