@@ -53,11 +53,12 @@ class Guards:
     """The guards of one level. `Guards.none()` is the paper's: none at all.
 
     Attributes:
-      skip_nonfinite: a step with NaN or infinite gradients changes nothing; nor does one whose update is not finite, or
-        whose loss (`value=`), if the update reads it; a signal that is not finite, or too large to be squared where it is
+      skip_nonfinite: a step with NaN or infinite gradients changes nothing; nor does one whose loss (`value=`) is not
+        finite, if the update reads it; entries of an update that are not finite are zero, with max_move the whole update,
+        and what is learned does not answer for it; a signal that is not finite, or too large to be squared where it is
         normalised, counts as zero; a step of the upper optimizer that is not finite is not taken, and that optimizer stays
         as it was. All but the gradients are counted, and shown by `learned` and `describe`: a keyword that is never
-        learned is seen there. The update is computed twice, the first time for this and for max_move.
+        learned is seen there.
       safe_sqrt: see metaopt/safe.py; without it one weight of zero gradient makes the signal of b2 NaN.
       normalize: signals are divided by their running root mean square and clipped to [-1, 1], so that the upper
         optimizer's rate is in raw units a step (0.05: at most 5 % a step in the log form), whatever the task's units.

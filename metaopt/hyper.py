@@ -198,11 +198,8 @@ def _update(
     signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
     signals = pack_sum(signals, level.axis_name)
 
-    above = _above(level, signals, state)
-    factor, whole = _foreseen(level, above.raw, grads, state, params, extra)
-
     def advance(grads: Any) -> tuple[Any, HyperState]:
-        return _advance(level, grads, above, factor, state, params, extra)
+        return _advance(level, grads, _above(level, signals, state), state, params, extra)
 
     if guards.skip_nonfinite:
         # Where a NaN in any gradient is one in the sums, the gradients themselves are read only when there is one.
@@ -212,13 +209,15 @@ def _update(
             lambda: jnp.ones((), bool),
             lambda: _all_finite(grads, level.axis_name),
         )
-        stopped = guarding.dropped(state.guard, good & ~whole)
+        read = level.reads_value and "value" in extra
+        known_loss = guarding.finite(extra["value"]) if read else jnp.ones((), bool)
+        stopped = guarding.dropped(state.guard, good & ~known_loss)
 
         def stay(grads: Any) -> tuple[Any, HyperState]:
             return jax.tree.map(jnp.zeros_like, grads), state._replace(guard=stopped)
 
         # As an operand, and not closed over: then zeros like them lie as they do, on an Explicit mesh without jit, too.
-        updates, new = jax.lax.cond(good & whole, advance, stay, grads)
+        updates, new = jax.lax.cond(good & known_loss, advance, stay, grads)
     else:
         updates, new = advance(grads)
     if guards.rollback:
@@ -262,37 +261,10 @@ def _above(level: _Level, signals: Values, state: HyperState) -> _Above:
     return _Above(raw, was_set, signals, by_state, guard)
 
 
-def _foreseen(
-    level: _Level, raw: Values, grads: Any, state: HyperState, params: Any, extra: dict
-) -> tuple[jax.Array | None, jax.Array]:
-    """(the factor that shortens the update, whether it is finite and so is the loss that it reads).
-
-    The update is computed for its sums alone, before anything is written, and then again: to choose afterwards between old
-    and new states would need both of them in memory.
-    """
-    rule, guards = level.rule, level.guards
-    factor, whole = None, jnp.ones((), bool)
-    if not (guards.max_move or guards.skip_nonfinite):
-        return factor, whole
-    settled = level.method.settled(rule, raw, state.updates, params)
-    values = rule.values(settled, state.updates)
-    updates, _ = rule.apply(values, grads, state.base, params, extra)
-    if guards.max_move:
-        factor, whole = guarding.shortening(
-            guards, rule, updates, params, state.updates, level.axis_name
-        )
-    else:
-        whole = _all_finite(updates, level.axis_name)
-    if level.reads_value and "value" in extra:
-        whole &= guarding.finite(extra["value"])
-    return factor, whole
-
-
 def _advance(
     level: _Level,
     grads: Any,
     above: _Above,
-    factor: jax.Array | None,
     state: HyperState,
     params: Any,
     extra: dict,
@@ -301,18 +273,26 @@ def _advance(
     rule, method, guards, count = level.rule, level.method, level.guards, state.updates
     raw = above.raw
     step = method.step(rule, raw, count, grads, state.base, params, extra)
-    updates, memory = step.updates, step.memory
-    if factor is not None:
+    updates, memory, made = step.updates, step.memory, jnp.ones((), bool)
+    if guards.max_move:
+        factor, made = guarding.shortening(guards, rule, updates, params, count, level.axis_name)
         updates, memory = scaled(factor, updates), method.shortened(memory, factor)
         rate = method.settled(rule, raw, count, params)[guards.rate]
         rate = rule.learned[guards.rate].scaled(rate, factor)
-        raw = rule.clip(raw | {guards.rate: jnp.where(factor < 1, rate, raw[guards.rate])})
+        raw = rule.clip(raw | {guards.rate: jnp.where(made & (factor < 1), rate, raw[guards.rate])})
+    guard = above.guard
+    if guards.skip_nonfinite:
+        # Entry by entry, not the whole update: that would have to be known before any of it is written, in a further pass.
+        made &= _all_finite(updates, level.axis_name)
+        keep = made if guards.max_move else True
+        updates = jax.tree.map(lambda u: jnp.where(jnp.isfinite(u) & keep, u, 0), updates)
+        guard = guarding.dropped(guard, ~made)
     if level.trace:
         memory = level.trace.added(state.memory, memory, count)
     start = (count == 0) | above.was_set.get(guards.rate, False)
     values = rule.values(method.settled(rule, raw, count, params), count)
     return updates, HyperState(
-        updates=count + 1,
+        updates=count + made.astype(count.dtype),
         values=values,
         used=jax.tree.map(jnp.copy, row(values)),  # no buffer twice, if this is not inside jit
         raws=row(raw),
@@ -320,8 +300,8 @@ def _advance(
         base=step.base,
         by=above.by,
         memory=memory,
-        guard=guarding.peaked(guards, rule, above.guard, raw, start),
-        moved=jnp.ones((), bool),
+        guard=guarding.peaked(guards, rule, guard, raw, start),
+        moved=made,
     )
 
 
