@@ -54,11 +54,11 @@ class Guards:
 
     Attributes:
       skip_nonfinite: a step with NaN or infinite gradients changes nothing; nor does one whose loss (`value=`) is not
-        finite, if the update reads it; entries of an update that are not finite are zero, with max_move the whole update,
-        and what is learned does not answer for it; a signal that is not finite, or too large to be squared where it is
-        normalised, counts as zero; a step of the upper optimizer that is not finite is not taken, and that optimizer stays
-        as it was. All but the gradients are counted, and shown by `learned` and `describe`: a keyword that is never
-        learned is seen there.
+        finite, if the update reads it; entries of an update that are not finite are zero. With max_move all of them
+        are then, which is counted, and what is learned does not answer for it; a signal that is not finite, or too
+        large to be squared where it is normalised, counts as zero; a step of the upper optimizer that is not finite
+        is not taken, and that optimizer stays as it was. All but the gradients are counted, and shown by `learned`
+        and `describe`: a keyword that is never learned is seen there.
       safe_sqrt: see metaopt/safe.py; without it one weight of zero gradient makes the signal of b2 NaN.
       normalize: signals are divided by their running root mean square and clipped to [-1, 1], so that the upper
         optimizer's rate is in raw units a step (0.05: at most 5 % a step in the log form), whatever the task's units.
@@ -265,19 +265,19 @@ def shortening(
     # Squares of large numbers overflow; those of the same numbers times this do not. A power of two: nothing is rounded.
     unit = 2.0 ** -(5 * jnp.finfo(dtype).maxexp // 8)
 
-    def squares(tree):
-        parts = [p.astype(dtype) for x in jax.tree.leaves(tree) for p in parts_of(x)]
-        each = (sum(jnp.sum(jnp.square(p * by)) for p in parts) for by in (1.0, unit))
-        return [jnp.asarray(x, dtype) for x in each]
+    def norms(by):
+        trees = (
+            [p.astype(dtype) for x in jax.tree.leaves(t) for p in parts_of(x)]
+            for t in (updates, params)
+        )
+        sums = [sum(jnp.sum(jnp.square(p * by)) for p in parts) for parts in trees]
+        sums = jnp.stack([jnp.asarray(x, dtype) for x in sums])
+        return jnp.sqrt(sums if axis_name is None else jax.lax.psum(sums, axis_name))
 
-    sums = jnp.stack(squares(updates) + squares(params))
-    if axis_name is not None:
-        sums = jax.lax.psum(sums, axis_name)
-    # Norms in units of 1 / `unit`.
-    moved, norm = (
-        jnp.where(jnp.isfinite(small), jnp.sqrt(small) * unit, jnp.sqrt(large))
-        for small, large in (sums[:2], sums[2:])
-    )
+    plain = norms(1.0)
+    overflows = ~jnp.isfinite(plain)
+    again = jax.lax.cond(jnp.any(overflows), lambda: norms(unit), lambda: jnp.zeros_like(plain))
+    moved, norm = jnp.where(overflows, again, plain * unit)  # in units of 1 / `unit`
     # Parameters that start at zero have no norm to compare with: they count as 0.001 each.
     norm = jnp.maximum(norm, 1e-3 * size**0.5 * unit)
     part = jnp.minimum(1, (count.astype(dtype) + 1) / max(guards.settle, 1))

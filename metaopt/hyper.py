@@ -282,10 +282,9 @@ def _advance(
         raw = rule.clip(raw | {guards.rate: jnp.where(made & (factor < 1), rate, raw[guards.rate])})
     guard = above.guard
     if guards.skip_nonfinite:
-        # Entry by entry, not the whole update: that would have to be known before any of it is written, in a further pass.
-        made &= _all_finite(updates, level.axis_name)
-        keep = made if guards.max_move else True
-        updates = jax.tree.map(lambda u: jnp.where(jnp.isfinite(u) & keep, u, 0), updates)
+        # Without max_move entry by entry, and not counted: whether all are finite would be a further pass over the update.
+        good = (lambda u: made) if guards.max_move else jnp.isfinite
+        updates = jax.tree.map(lambda u: jnp.where(good(u), u, 0), updates)
         guard = guarding.dropped(guard, ~made)
     if level.trace:
         memory = level.trace.added(state.memory, memory, count)

@@ -61,8 +61,8 @@ def learned(opt_state: Any) -> dict[str, jax.Array]:
       skipped/learning_rate    how many of its signals were not finite and counted as zero; as many as updates: it is
                                never learned
       skipped/by               how many steps of the upper optimizer were not finite and not taken
-      skipped/update           how many updates of the parameters were not finite (too large a number, NaN in the loss that
-                               the rule reads) and not made
+      skipped/update           how many updates of the parameters were not made: NaN in the loss that the rule reads, or,
+                               with max_move, a number that is too large
       of_peak/learning_rate    the rate over its largest so far (since it was set, or rolled back), without its schedule;
                                below 1e-4 it has stalled, unless the loss is at its minimum; see `auto`
       by/...                   the same of the level above
