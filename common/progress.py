@@ -9,5 +9,5 @@ def draws_bars(console: Console | None = None) -> bool:
 
     Elsewhere rich draws none, but ends each with an empty line: give it `disable=not draws_bars()`.
     """
-    console = console or rich.get_console()
-    return console.is_interactive or console.is_jupyter
+    shown: Console = rich.get_console() if console is None else console
+    return shown.is_interactive or shown.is_jupyter
