@@ -59,8 +59,8 @@ if len(sys.argv) > 2:
     lease.file_system = lambda folder: "nfs"
 held = lease.Lease(Path(sys.argv[1]))
 child = os.fork()  # as a data worker may be
-if child:
-    print("held", child, flush=True)
+if not child:  # the child tells, so that what it does at its start is done
+    print("held", os.getpid(), flush=True)
 time.sleep(60)
 """
 
