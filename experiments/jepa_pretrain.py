@@ -69,8 +69,7 @@ def run(run: Run) -> int:
         return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
 
     def open_writer(restored_step: int):
-        if restored_step >= 0:
-            _check_resumed(run, restored_step, spec.steps, meta)
+        _check_resumed(run, restored_step, spec.steps, meta)
         run.begin(None if restored_step < 0 else restored_step)
         return make_writer(
             workdir,
@@ -139,6 +138,8 @@ def _check_resumed(run: Run, step: int, steps: int, meta: Mapping[str, Any]) -> 
     Raises:
       ConfigError: with the remedy.
     """
+    if step < 0:  # nothing was restored
+        return
     unused = [name for name in run.changed if not within(name, (*EVALUATIONS, "name"))]
     if step >= steps and unused:
         raise ConfigError(

@@ -99,10 +99,11 @@ def check(config: dict[str, Any], topology: str) -> Report:
         abstract, sharding = state_shardings(recipe, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    rows = batch_sharding(mesh)
     state = abstract_with_shardings(abstract, sharding)
     shapes = recipe.batch_shapes(settings.train.batch)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), shapes)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), shapes
+    )
     step = make_train_step(recipe, settings.train.accumulate)
     expected = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     began = time.perf_counter()
