@@ -49,15 +49,15 @@ boundaries: $(VENV)/dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/peers  ## our I-JEPA step, sink decoding and metaopt overhead against PyTorch, transformers and optax
-	$(BIN)/python -m experiments.bench.jepa_step
-	$(BIN)/python -m experiments.bench.sinks_decode
-	$(BIN)/python -m experiments.bench.metaopt_overhead
+	$(BIN)/python -m experiments.jepa.bench
+	$(BIN)/python -m experiments.sinks.bench
+	$(BIN)/python -m experiments.metaopt.bench
 
 notebooks: $(VENV)/notebooks  ## run the notebooks: one page a paper in runs/notebooks
 	@mkdir -p runs/notebooks
-	$(BIN)/jupyter nbconvert --to html --execute --output-dir runs/notebooks experiments/notebooks/*.ipynb
+	for p in jepa sinks metaopt; do $(BIN)/jupyter nbconvert --to html --execute --output-dir $(CURDIR)/runs/notebooks --output $$p experiments/$$p/notebook.ipynb || exit 1; done
 
-tables: $(VENV)/base  ## write experiments/TABLES.md from the committed rows
+tables: $(VENV)/base  ## write docs/results/tables.md from the committed rows
 	$(BIN)/python -m experiments.tables
 
 preflight: $(TPU)/ready  ## compile the released recipes for v5e:16x16 that the committed table lacks

@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     """Makes glibc's malloc keep large freed blocks for the next request instead of returning them to the kernel.
 
     XLA's CPU backend allocates each step's temporaries anew; by default every one of their pages is then faulted in again,
-    which took 20 to 40 % of a step's CPU time where it was measured (experiments/LOG.md). Call it before jax computes
+    which took 20 to 40 % of a step's CPU time where it was measured (docs/journal.md). Call it before jax computes
     anything. Does nothing elsewhere than on Linux with glibc.
     """
     libc = _glibc()
@@ -30,7 +30,7 @@ def set_fragments_aside() -> int:
     """Takes the small free blocks that compiling leaves all over the heap out of malloc's sight. Returns their bytes.
 
     LLVM leaves some 70,000 of them, of as many sizes, and malloc looks through lists of them, sorted by size, whenever a
-    product asks for its workspace: 15 % of a step's CPU time and more (experiments/LOG.md). Call it once a long run's
+    product asks for its workspace: 15 % of a step's CPU time and more (docs/journal.md). Call it once a long run's
     programs are compiled. What is set aside is never used again; its whole pages go back to the kernel. Does
     nothing unless `keep_freed_memory` was called before.
     """

@@ -10,20 +10,20 @@ from common.config import ConfigError
 from common.full_disk import NoSpaceError
 from common.images import ImageError
 from common.workdir import WorkdirError
-from experiments.run import Run
+from experiments.shared.run import Run
 
 # By name, so that a run loads its own package and no other.
 JOBS = {
-    "jepa_pretrain": "experiments.jepa_pretrain:run",
-    "jepa_baselines": "experiments.jepa_baselines:run",
-    "metaopt_grid": "experiments.metaopt_job:run",
-    "metaopt_table1": "experiments.metaopt_table1:run",
-    "sinks_perplexity": "experiments.sinks_perplexity:run",
-    "sinks_speed": "experiments.sinks_speed:run",
-    "sinks_attention_map": "experiments.sinks_attention_map:run",
-    "sinks_streameval": "experiments.sinks_tasks:run_streameval",
-    "sinks_pretrain": "experiments.sinks_pretrain:run",
-    "sinks_qa_stream": "experiments.sinks_tasks:run_qa_stream",
+    "jepa_pretrain": "experiments.jepa.pretrain:run",
+    "jepa_baselines": "experiments.jepa.baselines:run",
+    "metaopt_grid": "experiments.metaopt.grid_job:run",
+    "metaopt_table1": "experiments.metaopt.table1:run",
+    "sinks_perplexity": "experiments.sinks.perplexity:run",
+    "sinks_speed": "experiments.sinks.speed:run",
+    "sinks_attention_map": "experiments.sinks.attention_map:run",
+    "sinks_streameval": "experiments.sinks.tasks:run_streameval",
+    "sinks_pretrain": "experiments.sinks.pretrain:run",
+    "sinks_qa_stream": "experiments.sinks.tasks:run_qa_stream",
 }
 
 # Those that several processes can run as one; each process of another would do all of the work, and write its own rows.

@@ -1,7 +1,7 @@
 """Runs one config.
 
-  python -m experiments.launch --config=experiments/configs/jepa/scenes.py --workdir=runs/scenes
-  python -m experiments.launch --config=experiments/configs/jepa/cifar10.py:smoke --workdir=/tmp/try
+  python -m experiments.launch --config=experiments/jepa/configs/scenes.py --workdir=runs/scenes
+  python -m experiments.launch --config=experiments/jepa/configs/cifar10.py:smoke --workdir=/tmp/try
   python -m experiments.launch --config=... --workdir=... --config.optim.lr=3e-4 --config.train.steps=1000
 
 The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop);
@@ -29,8 +29,8 @@ from common import distributed
 from common.config import ConfigError
 from common.host import keep_freed_memory
 from common.paths import check_local
-from experiments import usage
-from experiments.stopping import interrupted, leave
+from experiments.shared import usage
+from experiments.shared.stopping import interrupted, leave
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: PATH.py or PATH.py:argument,key=value.", lock_config=True
@@ -91,7 +91,7 @@ def _launch(argv: list[str]) -> int:
     # After the flags: a typo should not wait for every library a job needs.
     from common.workdir import hold
     from experiments.jobs import find
-    from experiments.run import Run
+    from experiments.shared.run import Run
 
     joined = False
     try:
@@ -133,8 +133,8 @@ def _help(argv: list[str]) -> int:
 
 def _join_hosts(config: dict[str, Any]) -> None:
     """Joins the processes of a run. Raises ConfigError where they cannot be joined, differ, or there is no device."""
-    from experiments.facts import run_facts
     from experiments.jobs import check_processes
+    from experiments.shared.facts import run_facts
 
     try:
         distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)

@@ -1,6 +1,6 @@
 """Compiles a config's real train step for a TPU pod, without the pod.
 
-  python -m experiments.preflight --config=experiments/configs/jepa/in1k_vith14.py --topology=v5e:16x16
+  python -m experiments.preflight --config=experiments/jepa/configs/in1k_vith14.py --topology=v5e:16x16
   python -m experiments.preflight --all --topology=v5e:16x16       # the four released recipes; writes the table
   python -m experiments.preflight --all --missing                  # the same, without those that the table has
 
@@ -30,7 +30,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 RELEASED = ("in1k_vith14", "in1k_vith16_448", "in22k_vith14", "in22k_vitg16")
-TABLE = Path(__file__).parent / "results" / "preflight.json"
+TABLE = Path(__file__).parent / "results" / "jepa" / "preflight.json"
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5", "v6e": "TPU v6"}  # as JAX calls them
 HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # per chip, as Google documents them
 # A v4 chip's two cores are one device, as on a real pod; libtpu's default for this topology alone is a device each.
@@ -87,7 +87,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
     from common.sharding import batch_sharding, replicated
     from common.state import abstract_with_shardings, state_shardings
     from common.train_step import make_train_step
-    from experiments.jepa_settings import resolve
+    from experiments.jepa.settings import resolve
 
     chip, devices = topology_chips(topology)
     settings = resolve(config)
@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     from common.results import config_hash
     from experiments.jobs import explain
 
-    here = Path(__file__).parent / "configs" / "jepa"
+    here = Path(__file__).parent / "jepa" / "configs"
     table = json.loads(TABLE.read_text()) if args.all and TABLE.exists() else []
     known = {(row["topology"], row.get("config_hash", "")) for row in table}
     paths = [here / f"{name}.py" for name in RELEASED] if args.all else [args.config]

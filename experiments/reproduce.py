@@ -22,13 +22,13 @@ from pathlib import Path
 from common.distributed import EXIT_PREEMPTED
 from common.host import keep_freed_memory
 from common.paths import check_local
-from experiments.stopping import interrupted, leave
+from experiments.shared.stopping import interrupted, leave
 
 # The quickest first: something to look at within a minute. By name, so that none loads before its turn.
 PARTS = {
-    "metaopt": "experiments.metaopt_digits:run",
-    "sinks": "experiments.sinks_quick:run",
-    "jepa": "experiments.jepa_scenes:run",
+    "metaopt": "experiments.metaopt.reproduce:run",
+    "sinks": "experiments.sinks.reproduce:run",
+    "jepa": "experiments.jepa.reproduce:run",
 }
 log = logging.getLogger("triptych")
 

@@ -1,6 +1,6 @@
 """What XLA's CPU backend needs to be fast. On accelerators all of this says what the plain code says.
 
-How much each brings, and what was tried instead: experiments/LOG.md.
+How much each brings, and what was tried instead: docs/journal.md.
 """
 
 from collections.abc import Callable

@@ -52,11 +52,11 @@ def test_collectives_count_loops_in_full_and_channels_once():
     [
         ("nowhere.py", "v5e:2x4", "nowhere.py: no such file"),
         (
-            "experiments/configs/jepa/scenes.py:smok",
+            "experiments/jepa/configs/scenes.py:smok",
             "v5e:2x4",
             "did you mean config argument smoke",
         ),
-        ("experiments/configs/jepa/scenes.py:smoke", "v9:2x4", "chip 'v9' is unknown|libtpu"),
+        ("experiments/jepa/configs/scenes.py:smoke", "v9:2x4", "chip 'v9' is unknown|libtpu"),
     ],
 )
 def test_wrong_input_is_one_plain_line(config, topology, message, capsys):
@@ -67,7 +67,7 @@ def test_wrong_input_is_one_plain_line(config, topology, message, capsys):
     assert re.search(message, err)
 
 
-RELEASED = "experiments/configs/jepa/in1k_vith14.py"
+RELEASED = "experiments/jepa/configs/in1k_vith14.py"
 TOO_BIG = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in hbm. Used 30G of 16G.\nMore"
 NO_MESH = "Failed to find assignment for logical_axis_index 1 of size 16 with remaining assignable mesh [8, 8, 0]"
 
@@ -135,7 +135,7 @@ def test_missing_is_what_the_table_lacks_of_the_recipe_as_it_is_now(monkeypatch,
 
 
 def test_another_job_is_refused_by_name(capsys):
-    assert preflight.main(["--config=experiments/configs/sinks/pretrain.py"]) == 2
+    assert preflight.main(["--config=experiments/sinks/configs/pretrain.py"]) == 2
     assert "this config's job is sinks_pretrain" in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def python(*arguments):
     [("v5e:2x4", ("8 chips", "all-gather")), ("v5e:1x1", ("1 chips",)), ("v4:2x2x1", ("4 chips", "32.00"))],
 )  # fmt: skip
 def test_compiles_for_chips_without_one(topology, says):
-    config = "experiments/configs/jepa/in1k_vith14.py:smoke"
+    config = "experiments/jepa/configs/in1k_vith14.py:smoke"
     printed = python("-m", "experiments.preflight", f"--config={config}", f"--topology={topology}")
     assert all(words in printed for words in (*says, "FITS"))
 

@@ -24,7 +24,7 @@ from common.results import (
 def row(seed=0, **kwargs):
     defaults = dict(
         job="jepa.pretrain",
-        config="experiments/configs/jepa/vits16.py",
+        config="experiments/jepa/configs/vits16.py",
         arg="smoke",
         overrides={"optim.lr": 1e-3},
         resolved={"optim": {"lr": 1e-3}, "seed": seed},

@@ -6,7 +6,7 @@ import pytest
 
 from common.config import ConfigError
 from experiments.jobs import find
-from experiments.run import Run
+from experiments.shared.run import Run
 
 SWEEPS = {
     "metaopt.robustness": ("methods", "grid.rates", "grid.seeds"),

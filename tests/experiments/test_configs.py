@@ -6,11 +6,11 @@ import pkgutil
 import jax
 import pytest
 
-import experiments.configs.jepa as folder
-from experiments import jepa_pretrain
-from experiments.configs.sinks import perplexity
-from experiments.jepa_settings import resolve
-from experiments.run import Run
+import experiments.jepa.configs as folder
+from experiments.jepa import pretrain as jepa_pretrain
+from experiments.jepa.settings import resolve
+from experiments.shared.run import Run
+from experiments.sinks.configs import perplexity
 
 CONFIGS = sorted(
     name for _, name, _ in pkgutil.iter_modules(folder.__path__) if name not in ("base", "released")
@@ -24,7 +24,7 @@ RELEASED = {  # parameters in millions, ijepa spec 1.3 and 1.4: encoder, predict
 
 
 def config(name: str, arg: str = "") -> dict:
-    module = importlib.import_module(f"experiments.configs.jepa.{name}")
+    module = importlib.import_module(f"experiments.jepa.configs.{name}")
     return module.get_config(arg).to_dict()
 
 

@@ -15,9 +15,9 @@ PARSERS = {
     "experiments.tables": ["--results", "--out", "--check"],
     "common.data.__main__": ["prepare", "info"],
     "sinks.chat": ["--model", "--sinks", "--recent", "--seed"],
-    "experiments.bench.jepa_step": ["--modes", "--rounds"],
-    "experiments.bench.sinks_decode": ["--modes", "--rounds"],
-    "experiments.bench.metaopt_overhead": ["--contenders", "--rounds"],
+    "experiments.jepa.bench": ["--modes", "--rounds"],
+    "experiments.sinks.bench": ["--modes", "--rounds"],
+    "experiments.metaopt.bench": ["--contenders", "--rounds"],
 }
 
 
@@ -49,13 +49,17 @@ def test_launch_lists_every_flag_and_every_config(help_of_launch, word):
     assert (code, errors) == (0, "")
     for flag in ("--config", "--workdir", "--coordinator", "--num_processes", "--process_id"):
         assert f"\n  {flag}=" in said
-    for config in ("jepa/cifar10.py", "sinks/speed.py", "metaopt/mnist_towers.py"):
-        assert f"\n  experiments/configs/{config}\n" in said
+    for config in (
+        "jepa/configs/cifar10.py",
+        "sinks/configs/speed.py",
+        "metaopt/configs/mnist_towers.py",
+    ):
+        assert f"\n  experiments/{config}\n" in said
     assert "/base.py" not in said and "/released.py" not in said, "these are no configs"
 
 
 def test_launch_lists_what_a_config_can_be_told(help_of_launch):
-    path = "experiments/configs/jepa/cifar10.py"
+    path = "experiments/jepa/configs/cifar10.py"
     code, said, _ = help_of_launch(f"--config={path}:epochs=7", "--config.optim.lr=0.5", "-h")
     assert code == 0
     assert "Arguments: smoke; epochs=N; seed=N" in said and "--workdir" in said
@@ -65,6 +69,6 @@ def test_launch_lists_what_a_config_can_be_told(help_of_launch):
 
 
 def test_help_for_a_config_that_is_wrong_says_so(help_of_launch):
-    code, said, errors = help_of_launch("--config=experiments/configs/jepa/scenes.py:smok", "-h")
+    code, said, errors = help_of_launch("--config=experiments/jepa/configs/scenes.py:smok", "-h")
     assert code == 2 and "--workdir" in said
     assert "smok is not a setting" in errors and errors.count("\n") == 1

@@ -9,11 +9,11 @@ import pytest
 
 from common.config import ConfigError
 from common.results import read_rows
-from experiments import jepa_baselines
-from experiments.configs.jepa.cifar10 import get_config
-from experiments.facts import run_facts, source_digests
+from experiments.jepa import baselines as jepa_baselines
+from experiments.jepa.configs.cifar10 import get_config
 from experiments.jobs import JOBS, SEVERAL_PROCESSES, check_processes, find
-from experiments.run import Run
+from experiments.shared.facts import run_facts, source_digests
+from experiments.shared.run import Run
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -45,7 +45,7 @@ def test_what_decides_a_run_is_known_by_name(tmp_path, monkeypatch):
     assert "the code common/train_loop.py" in facts
     assert not any("configs" in name for name in facts)  # their values are there
 
-    for folder in ("common", "experiments/configs"):
+    for folder in ("common", "experiments/jepa/configs"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.py").write_text("x = 1")
     before = source_digests(tmp_path)

@@ -11,9 +11,10 @@ from PIL import Image
 from common import distributed
 from common.state import state_shardings
 from common.train_loop import Preempted
-from experiments import jepa_pretrain, jobs, launch
+from experiments import jobs, launch
+from experiments.jepa import pretrain as jepa_pretrain
 
-CONFIG = "experiments/configs/jepa/scenes.py"
+CONFIG = "experiments/jepa/configs/scenes.py"
 SMOKE = f"--config={CONFIG}:smoke"
 
 
@@ -63,7 +64,7 @@ def test_a_job_for_one_process_is_refused_by_several(refusal, monkeypatch):
     for what in ("require_same", "report_failure"):
         monkeypatch.setattr(distributed, what, lambda facts: None)
     monkeypatch.setattr(distributed, "initialize", lambda *given: None)
-    line = refusal("--config=experiments/configs/sinks/speed.py")
+    line = refusal("--config=experiments/sinks/configs/speed.py")
     assert "config.job='sinks_speed' runs as one process, but this run has 2" in line
 
 
@@ -263,8 +264,8 @@ def test_a_config_is_needed(refusal):
 
 @pytest.mark.parametrize("override", [[], ["--config.optim.lr=1"]])
 def test_a_config_file_that_is_not_there_is_named(refusal, override):
-    text = refusal("--config=experiments/configs/jepa/none.py:smoke", *override)
-    assert "'experiments/configs/jepa/none.py'" in text and "No such file" in text
+    text = refusal("--config=experiments/jepa/configs/none.py:smoke", *override)
+    assert "'experiments/jepa/configs/none.py'" in text and "No such file" in text
 
 
 def test_a_config_file_that_is_no_python_is_named_with_the_line(refusal, tmp_path):

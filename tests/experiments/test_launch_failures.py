@@ -13,9 +13,9 @@ from common import distributed
 from experiments import jobs, launch, reproduce
 
 CONFIGS = {
-    "jepa": "experiments/configs/jepa/scenes.py:smoke",
-    "metaopt": "experiments/configs/metaopt/mnist_towers.py:smoke",
-    "sinks": "experiments/configs/sinks/pretrain.py:smoke",
+    "jepa": "experiments/jepa/configs/scenes.py:smoke",
+    "metaopt": "experiments/metaopt/configs/mnist_towers.py:smoke",
+    "sinks": "experiments/sinks/configs/pretrain.py:smoke",
 }
 
 

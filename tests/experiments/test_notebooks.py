@@ -32,7 +32,7 @@ def tiny_model(tmp_path, monkeypatch):
 
 def cells(name):
     """(source, is it the one with the settings) of every code cell."""
-    notebook = json.loads((ROOT / "experiments" / "notebooks" / f"{name}.ipynb").read_text())
+    notebook = json.loads((ROOT / "experiments" / name / "notebook.ipynb").read_text())
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             assert not cell["outputs"] and cell["execution_count"] is None  # committed clean
@@ -40,7 +40,7 @@ def cells(name):
 
 
 def test_every_notebook_is_tested():
-    assert {p.stem for p in (ROOT / "experiments" / "notebooks").glob("*.ipynb")} == set(SMALL)
+    assert {p.parent.name for p in (ROOT / "experiments").glob("*/notebook.ipynb")} == set(SMALL)
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import matplotlib.image
 import numpy as np
 
 from common.data import array_source
-from experiments.configs.jepa.scenes import get_config
-from experiments.jepa_pictures import _with_masks, report_picture
-from experiments.jepa_settings import resolve
+from experiments.jepa.configs.scenes import get_config
+from experiments.jepa.pictures import _with_masks, report_picture
+from experiments.jepa.settings import resolve
 from jepa.masks import sample
 
 ACCURACY = {

@@ -7,15 +7,13 @@ import pytest
 from common.config import ConfigError
 from common.distributed import EXIT_PREEMPTED
 from common.results import append_row, make_row
-from experiments import (
-    jepa_baselines,
-    jepa_pretrain,
-    jepa_scenes,
-    metaopt_digits,
-    reproduce,
-    sinks_quick,
-)
-from experiments.run import Run
+from experiments import reproduce
+from experiments.jepa import baselines as jepa_baselines
+from experiments.jepa import pretrain as jepa_pretrain
+from experiments.jepa import reproduce as jepa_scenes
+from experiments.metaopt import reproduce as metaopt_digits
+from experiments.shared.run import Run
+from experiments.sinks import reproduce as sinks_quick
 
 MODULES = {"metaopt": metaopt_digits, "sinks": sinks_quick, "jepa": jepa_scenes}
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 40, 5
 COMMAND = [
     *(sys.executable, "-m", "experiments.launch"),
-    "--config=experiments/configs/jepa/scenes.py:smoke",
+    "--config=experiments/jepa/configs/scenes.py:smoke",
     f"--config.train.steps={STEPS}",
     f"--config.train.save_every={SAVE_EVERY}",
     "--config.train.eval_every=0",

@@ -14,12 +14,12 @@ def test_the_committed_tables_are_those_of_the_committed_rows():
 
 
 def test_a_new_row_puts_the_tables_out_of_date(tmp_path, capsys):
-    results, out = tmp_path / "results", tmp_path / "TABLES.md"
+    results, out = tmp_path / "results", tmp_path / "tables.md"
     shutil.copytree(HERE / "results", results)
     flags = [f"--results={results}", f"--out={out}"]
     assert main([*flags, "--check"]) == 1  # there is none
     assert main(flags) == 0 and main([*flags, "--check"]) == 0
-    bench = results / "bench_jepa_step.jsonl"
+    bench = results / "jepa" / "bench_step.jsonl"
     row = json.loads(bench.read_text().splitlines()[-1])
     row["metrics"]["images_per_second_ours"] = 123.4
     bench.write_text(json.dumps(row) + "\n")
@@ -39,7 +39,9 @@ def test_a_method_is_judged_by_its_worst_run_and_divergence_is_starred(tmp_path)
                 overrides={"method": method, "initial_rate": rate},
             )  # fmt: skip
             lines.append(to_json(vars(row)) + "\n")
-    (tmp_path / "metaopt_robustness_toy.jsonl").write_text("".join(lines))
+    folder = tmp_path / "metaopt"
+    folder.mkdir()
+    (folder / "robustness_toy.jsonl").write_text("".join(lines))
     text = render(tmp_path)
     assert "after 7 steps" in text and "### Table 1" not in text  # tables without rows are left out
     good, bad = text.index("| good | 2.00 | 3.00 | 3 | 0 |"), text.index("| bad | 1.00 | 90.00* |")

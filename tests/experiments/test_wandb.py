@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.jepa_pretrain import _wandb
-from experiments.jepa_settings import WriterSettings
+from experiments.jepa.pretrain import _wandb
+from experiments.jepa.settings import WriterSettings
 
 
 @pytest.mark.parametrize(

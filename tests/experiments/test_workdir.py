@@ -9,7 +9,7 @@ import pytest
 
 from common import plots
 from common.workdir import hold
-from experiments import jepa_pretrain
+from experiments.jepa import pretrain as jepa_pretrain
 from tests.experiments import test_launch_errors as launching
 
 start, refusal, SMOKE = launching.start, launching.refusal, launching.SMOKE

@@ -12,9 +12,9 @@ from common.mesh import MeshSpec, make_mesh
 from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import TrainSpec, train
 from common.writers import make_writer, read_rows
-from experiments import sinks_pretrain
-from experiments.configs.sinks.pretrain import get_config
-from experiments.run import Run
+from experiments.shared.run import Run
+from experiments.sinks import pretrain as sinks_pretrain
+from experiments.sinks.configs.pretrain import get_config
 from jepa.recipe import AddMasks
 from tests.jepa.test_meshes import recipe
 

@@ -53,11 +53,11 @@ def test_processes_hear_what_differs_and_who_has_stopped(tmp_path):
     assert errors[1] == ["", differ, "process 0 stopped: no folder /data"]
 
 
-CONFIGS = ROOT / "experiments" / "configs"
+CONFIGS = ROOT / "experiments"
 
 
 def test_a_run_with_two_seeds_ends_on_both_processes(tmp_path):
-    config = CONFIGS / "jepa" / "scenes.py:smoke"
+    config = CONFIGS / "jepa" / "configs" / "scenes.py:smoke"
     line = "error: the processes of this run differ: config.train.seed is 3 on process 0, 4 on process 1"
     address = free_address()
     processes = [

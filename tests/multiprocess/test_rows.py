@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.data import train_batches
-from experiments import sinks_pretrain
+from experiments.sinks import pretrain as sinks_pretrain
 from tests.multiprocess import small
 from tests.multiprocess.processes import finish, reported, start
 

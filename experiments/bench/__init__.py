@@ -1,1 +1,0 @@
-"""Benchmarks, each one command; none is a test."""

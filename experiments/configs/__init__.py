@@ -1,1 +1,0 @@
-"""One file an experiment: `get_config(arg)` returns data, nothing else."""

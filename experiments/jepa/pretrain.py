@@ -1,0 +1,251 @@
+"""Job "jepa_pretrain": I-JEPA from images to probe, in one workdir.
+
+The workdir gets config.json, metrics.jsonl (one row per logged step), curves.png, checkpoints/, and result.json (one
+row with everything needed to run it again).
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
+from common.config import ConfigError, build
+from common.data import (
+    LoaderSpec,
+    fingerprint,
+    prefetch_to_device,
+    train_batches,
+)
+from common.distributed import EXIT_PREEMPTED, Signalled, require_same, stopped_by_signals
+from common.evaluation import EvaluationFailed, describe
+from common.mesh import auto_mesh, make_mesh
+from common.plots import draw_curves
+from common.sharding import batch_sharding, rows_held
+from common.state import state_shardings
+from common.train_loop import NonFiniteLoss, Preempted, train
+from common.writers import make_writer, read_rows
+from experiments.jepa.data import Sets, check_sets, open_sets
+from experiments.jepa.probes import encode_fn, linear_probes, online_monitor
+from experiments.jepa.settings import DataSettings, Settings, resolve
+from experiments.shared.facts import data_facts
+from experiments.shared.run import Run, job, within
+from jepa.recipe import AddMasks
+
+log = logging.getLogger("triptych")
+
+# Settings of evaluations alone: they may change, on purpose, when all steps are done, and all is measured again.
+EVALUATIONS = ("probe", "data.test_split", "data.probe_split", "data.eval_resize")
+
+
+@job()
+def run(run: Run) -> int:
+    """Runs the job; see experiments/launch.py for what it prints and returns."""
+    workdir = run.workdir
+    settings, sets, mesh = begin(run.values)
+    recipe, spec = settings.recipe, settings.train
+    try:
+        loader, add_masks, data_print = _stream(settings, sets, mesh)
+        keep = CheckpointSpec(settings.checkpoint.keep)
+        _describe(run, settings, len(sets.train), mesh)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+    def batches(start: int) -> Iterator[dict]:
+        host = train_batches(
+            sets.train,
+            loader,
+            transform=settings.augmentation,
+            batch_transform=add_masks,
+            start_step=start,
+        )
+        return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
+
+    def open_writer(restored_step: int):
+        _check_resumed(run, restored_step, spec.steps, meta)
+        run.begin(None if restored_step < 0 else restored_step)
+        return make_writer(
+            workdir,
+            spec.steps,
+            restored_step=restored_step,
+            items_per_step=spec.batch,
+            unit="images",
+            tensorboard=settings.writers.tensorboard,
+            wandb=_wandb(settings),
+        )
+
+    meta = {"config": settings.values, "data": data_print, "sets": _measured_on(sets)}
+    try:
+        with Checkpointer(workdir / "checkpoints", keep) as saver:
+            state, seconds = train(
+                recipe,
+                spec,
+                mesh=mesh,
+                batches=batches,
+                open_writer=open_writer,
+                checkpointer=saver,
+                workdir=workdir,
+                meta=meta,
+                evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
+                evaluate_again=run.resume == "changed",
+            )
+    except Preempted as stop:
+        log.warning("%s; start the same command again to continue", stop)
+        return EXIT_PREEMPTED
+    except (NonFiniteLoss, EvaluationFailed) as error:
+        log.error("error: %s", error)
+        return 1
+    finally:
+        draw_curves(workdir)
+
+    return _finish(run, settings, sets, mesh, state, seconds)
+
+
+def _stream(
+    settings: Settings, sets: Sets, mesh: Mesh
+) -> tuple[LoaderSpec, AddMasks, dict[str, Any]]:
+    """How training batches are drawn, what adds the masks, and the fingerprint of both, which all processes share."""
+    spec = settings.train
+    loader = LoaderSpec(
+        spec.batch,
+        spec.seed,
+        workers=settings.data.workers,
+        held=rows_held(batch_sharding(mesh), spec.batch),
+    )
+    add_masks = AddMasks(settings.recipe.masks, spec.seed)
+    data_print = fingerprint(sets.train, loader, settings.augmentation, add_masks)
+    require_same(data_facts(training=data_print, test=fingerprint(sets.test, loader)))
+    return loader, add_masks, data_print
+
+
+def _measured_on(sets: Sets) -> dict[str, Any]:
+    """The sets of the evaluations, as JSON gives them back: they may not change under a run without a word."""
+    named = {"bank": sets.bank, "test": sets.test}
+    prints = {k: {**getattr(v, "identity", {}), "length": len(v)} for k, v in named.items()}
+    return json.loads(json.dumps(prints))
+
+
+def _check_resumed(run: Run, step: int, steps: int, meta: Mapping[str, Any]) -> None:
+    """Refuses settings that would reach the row, but neither the training nor the evaluations that are left.
+
+    Raises:
+      ConfigError: with the remedy.
+    """
+    if step < 0:  # nothing was restored
+        return
+    unused = [name for name in run.changed if not within(name, (*EVALUATIONS, "name"))]
+    if step >= steps and unused:
+        raise ConfigError(
+            f"{run.workdir} is trained to its end, step {step}: {', '.join(unused)} would change nothing but its row. Raise "
+            "config.train.steps, or take another --workdir"
+        )
+    saved = read_meta(run.workdir / "checkpoints").get("sets", meta["sets"])
+    changed = [k for k in meta["sets"] if saved.get(k) != meta["sets"][k]]
+    if changed and run.resume == "same":
+        lines = [f"  {k}: saved {saved.get(k)}, now {meta['sets'][k]}" for k in changed]
+        raise ConfigError(
+            "\n".join([f"{run.workdir} was evaluated on other images:", *lines,
+                       "Take another --workdir, or go on with these on purpose: --resume=changed"])
+        )  # fmt: skip
+
+
+def _finish(
+    run: Run, settings: Settings, sets: Sets, mesh: Mesh, state: Any, seconds: Mapping[str, float]
+) -> int:
+    """Probes the trained encoder and writes the row. A probe that fails is repeated, alone, by the same command."""
+    recipe, metrics = settings.recipe, _last_eval(run.workdir)
+    if settings.probe.linear:
+        log.info("linear probe on frozen features of the target encoder")
+        encode, probing = encode_fn(recipe.encoder, state.extra["target"]), time.perf_counter()
+        try:
+            with stopped_by_signals():
+                metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
+        except Signalled:
+            log.warning(
+                "stopped by a signal; the trained state is saved; start the same command again to probe it"
+            )
+            return EXIT_PREEMPTED
+        except Exception as error:  # any: the training before it must not look lost
+            why = describe(error, "linear probes", run.workdir)
+            log.error(
+                "error: the linear probes failed: %s; the trained state is saved: mend that and start the same command "
+                "again, which repeats only this", why,
+            )  # fmt: skip
+            return 1
+        seconds = {**seconds, "probe": time.perf_counter() - probing}
+    row = run.row(
+        metrics, seeds=[settings.train.seed], steps=settings.train.steps,
+        mesh=dict(mesh.shape), dtype=recipe.policy.compute, seconds=seconds,
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        log.info("\n".join(f"  {name:28s} {value:8.4f}" for name, value in metrics.items()))
+        log.info("seconds: %s", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    run.finish(row)
+    return 0
+
+
+def begin(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
+    """A config's settings, its sets of images, and its mesh, checked against each other.
+
+    Raises:
+      ConfigError: for whatever is wrong with them.
+    """
+    try:
+        sets = open_sets(build(DataSettings, values["data"], "config.data."))
+        settings = resolve(values, len(sets.train))
+        check_sets(settings, sets)
+        _check_writers(settings)
+        settings.train.check_mesh(mesh := make_mesh(settings.mesh))
+        return settings, sets, mesh
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_writers(settings: Settings) -> None:
+    for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(settings.writers, name) and importlib.util.find_spec(module) is None:
+            raise ConfigError(f"config.writers.{name}=True needs {module}: pip install '.[{name}]'")
+
+
+def _wandb(settings: Settings) -> dict[str, Any] | None:
+    """What W&B is told of the run; None where it is off."""
+    if not settings.writers.wandb:
+        return None
+    project = settings.writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
+    return {"project": project, "config": settings.values}
+
+
+def _describe(run: Run, settings: Settings, examples: int, mesh: Mesh) -> None:
+    if "data.examples" in run.overrides:
+        log.warning(
+            "config.data.examples=%d is what preflight counts on; this set has %d images, and all are used",
+            settings.data.examples, examples,
+        )  # fmt: skip
+    model, masks = settings.recipe.model, settings.recipe.masks
+    params = state_shardings(settings.recipe, mesh)[0].params
+    count = {k: sum(p.size for p in jax.tree.leaves(v)) / 1e6 for k, v in params.items()}
+    log.info(
+        "%s: %d images, encoder %.2f M + predictor %.2f M parameters, grid %dx%d, context %d tokens, %d targets of up "
+        "to %d, mesh %s, %d steps of %d",
+        settings.name, examples, count["encoder"], count["predictor"], *model.grid, masks.context_size,
+        masks.num_targets, masks.target_size, dict(mesh.shape), settings.train.steps, settings.train.batch,
+    )  # fmt: skip
+
+
+def _last_eval(workdir: Path) -> dict[str, float]:
+    """The last row of online evaluation, without its prefix."""
+    rows = [
+        r for r in read_rows(workdir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)
+    ]
+    return (
+        {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}
+        if rows
+        else {}
+    )

@@ -1,0 +1,164 @@
+"""Job "metaopt_table1": every row of Table 1, and each tower's rerun with the hyperparameters it ended at (section 3.1)."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import optax
+from rich.table import Table
+
+from common.config import ConfigError, build, check_choices
+from common.results import append_row, read_rows
+from experiments.metaopt.grid import GridSpec, Method, Task, leaves_when_told, run_grid, summary
+from experiments.metaopt.grid_job import TaskSettings, check_batch, open_task, wide_console
+from experiments.shared.run import Run, job
+from metaopt import paper
+
+log = logging.getLogger("triptych")
+Make = Callable[[], optax.GradientTransformation]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: a name, epochs, the tower (None above: fixed), and the plain optimizer that its learned values set.
+
+    `paper` and `paper_rerun` are the printed test errors in percent, for the table.
+    """
+
+    name: str
+    epochs: int
+    make: Make
+    rerun: Callable[[dict[str, float]], optax.GradientTransformation] | None
+    paper: float
+    paper_rerun: float | None = None
+
+
+def _sgd(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.sgd(h["learning_rate"])
+
+
+def _adagrad(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.adagrad(h["learning_rate"])
+
+
+def _adam(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.adam(h["learning_rate"], h.get("b1", 0.9), h.get("b2", 0.999))
+
+
+def _rmsprop(h: dict[str, float]) -> optax.GradientTransformation:
+    return paper.rmsprop(h["learning_rate"], h.get("decay", 0.99))
+
+
+def _rms(by: optax.GradientTransformation, both: bool) -> optax.GradientTransformation:
+    return paper.rmsprop(0.01, 0.99, by=by, learn_decay=both)
+
+
+ROWS = [
+    Row("SGD(0.01)", 30, lambda: paper.sgd(0.01), None, 8.99),
+    Row("SGD/SGD(0.01)", 30, lambda: paper.sgd(0.01, by=paper.sgd(0.01)), _sgd, 4.81, 5.44),
+    Row("SGD/Adam(0.1)", 30, lambda: paper.sgd(0.01, by=paper.adam(0.1)), _sgd, 4.86, 2.80),
+    Row("SGD/AdaGrad(0.01)", 30, lambda: paper.sgd(0.01, by=paper.adagrad(0.01)), _sgd, 4.85, 5.17),
+    Row("SGD/RMSProp(0.1)", 30, lambda: paper.sgd(0.01, by=paper.rmsprop(0.1)), _sgd, 4.52, 2.52),
+    Row("Adam(0.001)", 5, lambda: paper.adam(1e-3), None, 4.67),
+    Row("Adam/SGD(1e-5)", 5, lambda: paper.adam(1e-3, by=paper.sgd(1e-5)), _adam, 3.03, 3.11),
+    Row("Adam-alpha/SGD(1e-5)", 5, lambda: paper.adam_baydin(1e-3, by=paper.sgd(1e-5)), _adam, 3.12, 3.47),
+    Row("Adam/Adam", 5, lambda: paper.adam(1e-3, by=paper.adam(1e-3)), _adam, 3.05, 3.24),
+    Row("Adam-alpha/Adam", 5, lambda: paper.adam_baydin(1e-3, by=paper.adam(1e-3)), _adam, 3.04, 3.08),
+    Row("AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01), None, 7.40),
+    Row("AdaGrad/SGD(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.sgd(0.01)), _adagrad, 6.90, 7.75),
+    Row("AdaGrad/AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.adagrad(0.01)), _adagrad, 5.03, 6.67),
+    Row("RMSProp(0.01)", 5, lambda: paper.rmsprop(0.01), None, 4.19),
+    Row("RMSProp-alpha/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), False), _rmsprop, 3.55, 3.93),
+    Row("RMSProp-alpha,gamma/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), True), _rmsprop, 3.33, 3.25),
+    Row("RMSProp-alpha/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), False), _rmsprop, 3.42, 3.60),
+    Row("RMSProp-alpha,gamma/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), True), _rmsprop, 2.96, 3.65),
+]  # fmt: skip
+
+
+@job(only=("rows",))
+@leaves_when_told
+def run(run: Run) -> int:
+    """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
+    values = run.values
+    settings = build(TaskSettings, values["task"], "config.task.")
+    spec = build(GridSpec, values["grid"], "config.grid.")
+    task = open_task(settings)
+    check_batch(task, spec)
+    known = {row.name: row for row in ROWS}
+    if unknown := [name for name in values["rows"] if name not in known]:
+        raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
+    if values["rows"]:  # none: all
+        try:
+            check_choices(rows=values["rows"])
+        except ValueError as error:
+            raise ConfigError(f"config: {error}") from error
+    chosen = [known[name] for name in values["rows"]] or ROWS
+    run.begin(0)
+    for row in chosen:
+        learned = _train(task, row.name, row.make, row, spec, run)
+        if row.rerun is not None:
+            rerun = row.rerun
+            _train(task, f"{row.name}, rerun", lambda h=learned, r=rerun: r(h), row, spec, run)
+    _show(chosen, run.workdir)
+    log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
+    return 0
+
+
+def _train(
+    task: Task, name: str, make: Make, row: Row, spec: GridSpec, run: Run
+) -> dict[str, float]:
+    """Trains one line over the seeds unless it is done; returns the mean learned values of its lowest level."""
+    path = run.workdir / "results.jsonl"
+    rows = {r.overrides["row"]: r for r in read_rows(path)}
+    if name in rows and not run.owns(rows[name], part=True):
+        raise ConfigError(
+            f"{path} has the row of {name} from another config: take another --workdir"
+        )
+    done = {known: r.metrics for known, r in rows.items()}
+    if name not in done:
+        epochs = min(row.epochs, spec.epochs)
+        own = GridSpec(epochs, spec.batch, (1.0,), spec.seeds, spec.save_every)
+        folder = name.replace("/", "-").replace(" ", "")
+        with run.part(folder) as clock:
+            cells = run_grid(task, Method(name, lambda rate: make()), own, run.workdir / folder)
+        metrics = summary(cells)
+        append_row(
+            path,
+            run.row(
+                metrics,
+                part={"row": name},
+                seeds=spec.seeds,
+                steps=epochs * task.steps(spec.batch),
+                wall_seconds=clock.seconds,
+            ),
+        )
+        done[name] = metrics
+        log.info("%s: %.2f %%", name, 100 * metrics["error"])
+    prefix = "learned/"
+    return {k.removeprefix(prefix): v for k, v in done[name].items() if k.startswith(prefix)}
+
+
+def _show(rows: list[Row], workdir: Path) -> None:
+    done = {r.overrides["row"]: r.metrics for r in read_rows(workdir / "results.jsonl")}
+    table = Table(title="Table 1: test error (%), mean ± sd over seeds [the paper's]")
+    for column in ("optimizer", "ours", "paper", "learned", "rerun", "paper's rerun"):
+        table.add_column(column, justify="left" if column in ("optimizer", "learned") else "right")
+    for row in rows:
+        metrics, again = done[row.name], done.get(f"{row.name}, rerun")
+        learned = ", ".join(
+            f"{v:.4g}" for k, v in metrics.items() if k.startswith("learned/") and "by/" not in k
+        )
+        table.add_row(
+            row.name, percent(metrics), f"{row.paper:.2f}", learned,
+            percent(again) if again else "", f"{row.paper_rerun:.2f}" if row.paper_rerun else "",
+        )  # fmt: skip
+    wide_console().print(table)
+
+
+def percent(metrics: dict[str, float]) -> str:
+    """The test error in percent, with its spread over seeds where there are several."""
+    spread = metrics.get("error_sd")
+    return f"{100 * metrics['error']:.2f}" + (
+        f" ± {100 * spread:.2f}" if spread is not None else ""
+    )

@@ -1,5 +1,0 @@
-import sys
-
-from experiments.tables import main
-
-sys.exit(main())
