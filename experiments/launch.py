@@ -30,6 +30,7 @@ from common.config import ConfigError
 from common.host import keep_freed_memory
 from common.paths import check_local
 from experiments.shared import usage
+from experiments.shared.old_paths import renewed
 from experiments.shared.stopping import interrupted, leave
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -60,7 +61,7 @@ _WRONG_FLAGS = (
 def main(argv: list[str]) -> int:
     """Parses flags, runs the config's job, and turns known failures and Ctrl-C into one plain line and an exit code."""
     try:
-        return _launch(argv)
+        return _launch(renewed(argv))
     except KeyboardInterrupt:
         return interrupted()
 

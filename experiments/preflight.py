@@ -22,6 +22,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from experiments.shared.old_paths import renewed
+
 # This process compiles for TPUs and runs nothing: the CPU is its only device, and no cloud is asked about a TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -276,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="with --all: skip what the table has for this topology, of the recipe as it is now",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(renewed(sys.argv[1:] if argv is None else argv))
     if bool(args.config) == args.all:
         parser.error("give either --config or --all")
     from common.results import config_hash

@@ -7,6 +7,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import launch
+from experiments.shared.old_paths import renewed
 
 PARSERS = {
     "experiments.compare": ["--series", "--names", "--out"],
@@ -72,3 +73,18 @@ def test_help_for_a_config_that_is_wrong_says_so(help_of_launch):
     code, said, errors = help_of_launch("--config=experiments/jepa/configs/scenes.py:smok", "-h")
     assert code == 2 and "--workdir" in said
     assert "smok is not a setting" in errors and errors.count("\n") == 1
+
+
+def test_the_path_of_a_config_that_has_moved_works_and_is_told(help_of_launch, tmp_path):
+    old, new = "experiments/configs/jepa/scenes.py", "experiments/jepa/configs/scenes.py"
+    code, said, errors = help_of_launch(f"--config={old}:smoke", "--config.optim.lr=0.5", "-h")
+    assert (code, errors) == (
+        0,
+        f"warning: this config is now {new}; the old path works until version 0.3\n",
+    )
+    assert f"{new}:" in said and "0.5" in said
+    assert renewed(["x", "--config", f"/src/{old}"])[2] == f"/src/{new}"
+    mine = tmp_path / "experiments" / "configs" / "jepa" / "mine.py"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert renewed([f"--config={mine}"]) == [f"--config={mine}"]
