@@ -1,4 +1,4 @@
-"""Config paths of version 0.1, which work until 0.3: experiments/configs/PAPER/NAME.py is now experiments/PAPER/configs/NAME.py."""
+"""Config paths of version 0.1, which work until 0.3: experiments/configs/PAPER/ is now experiments/PAPER/configs/."""
 
 import re
 import sys
