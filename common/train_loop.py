@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
 from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, path_name, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
-from common.train_step import diagnose, make_train_step
+from common.train_step import AS_IT_IS, Prepare, diagnose, make_dispatch, make_train_step
 from common.writers import Writer
 
 log = logging.getLogger("triptych")
@@ -40,6 +41,7 @@ class TrainSpec:
       steps: updates in all.  batch: global batch size.  seed: of parameters, data order, masks and noise.
       log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, saved and evaluated.
       accumulate: microbatches per update.
+      steps_per_dispatch: updates in one program, between which the host does nothing; the numbers are those of 1.
       profile_start, profile_steps: window traced into <workdir>/profile; 0 steps for none.
     """
 
@@ -50,18 +52,29 @@ class TrainSpec:
     eval_every: int = 0
     save_every: int = 500
     accumulate: int = 1
+    steps_per_dispatch: int = 1
     profile_start: int = 10
     profile_steps: int = 0
 
     def __post_init__(self):
-        if min(self.steps, self.batch, self.accumulate) < 1:
-            raise ValueError("train.steps, train.batch and train.accumulate must be at least 1")
+        if min(self.steps, self.batch, self.accumulate, self.steps_per_dispatch) < 1:
+            raise ValueError(
+                "train.steps, train.batch, train.accumulate and train.steps_per_dispatch must be at least 1"
+            )
         hooks = ("log_every", "eval_every", "save_every", "profile_start", "profile_steps")
         if negative := [f"train.{n}={getattr(self, n)}" for n in hooks if getattr(self, n) < 0]:
             raise ValueError(f"{', '.join(negative)} must not be negative")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} microbatches"
+            )
+
+        profiled = ("profile_start", "profile_steps") if self.profile_steps else ()
+        counts = ("steps", "log_every", "eval_every", "save_every", *profiled)
+        if odd := [n for n in counts if getattr(self, n) % self.steps_per_dispatch]:
+            raise ValueError(
+                f"train.steps_per_dispatch={self.steps_per_dispatch} must divide "
+                + ", ".join(f"train.{n}={getattr(self, n)}" for n in odd)
             )
 
     def check_mesh(self, mesh: Mesh) -> None:
@@ -126,6 +139,7 @@ def train(
     meta: Mapping[str, Any],
     evals: Mapping[str, EvalFn] | None = None,
     evaluate_again: bool = False,
+    prepare: Prepare = AS_IT_IS,
 ) -> tuple[Any, dict[str, float]]:
     """Trains to `spec.steps` and returns (final state, ledger seconds of all parts).
 
@@ -135,13 +149,15 @@ def train(
       meta: JSON saved with every checkpoint. Its "data", if there (`data.fingerprint`), must be that of the checkpoint.
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
         fails leaves "<name>_failed" in the rows; a restart runs those that metrics.jsonl lacks at its first step.
+      prepare: what a step does with what `batches` gives, to get its batch: see `common.train_step.make_dispatch`.
       evaluate_again: they measure something else than before, so a restart repeats those at its first step.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
       Preempted: after SIGTERM; the state is saved.
       EvaluationFailed: at the end, with the state saved; a restart repeats what failed, and no training.
-      ConfigError: the checkpoint was trained on other data, or for longer than `spec.steps`.
+      ConfigError: the checkpoint was trained on other data, or for longer than `spec.steps`, or is at a step that
+        `spec.steps_per_dispatch` does not divide.
       ValueError: a batch has not `spec.batch` rows.
     """
     ledger = Ledger()
@@ -159,6 +175,11 @@ def train(
             raise ConfigError(
                 f"{workdir} has trained {start} steps, more than train.steps={spec.steps}: raise it, or take another workdir"
             )
+        if start % spec.steps_per_dispatch:
+            raise ConfigError(
+                f"{workdir} goes on from step {start}, which train.steps_per_dispatch={spec.steps_per_dispatch} does not "
+                "divide: set it to 1"
+            )
         log.info("continuing from step %d", start)
     writer = open_writer(-1 if restored is None else start)
     evals = evals or {}
@@ -166,8 +187,8 @@ def train(
     left = evals if anew else unrecorded(evals, workdir, start)  # at the first step
 
     step_fn = jax.jit(
-        make_train_step(recipe, spec.accumulate),
-        in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
+        make_dispatch(make_train_step(recipe, spec.accumulate)),
+        in_shardings=(sharding, batch_sharding(mesh), replicated(mesh), replicated(mesh)),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(),
@@ -177,34 +198,32 @@ def train(
         if spec.profile_steps
         else None
     )
-    pending: tuple[int, dict, float] | None = None  # the last dispatched step, not yet read
+    pending: list[tuple[int, int, dict, float]] = []  # of the last dispatch, not yet read
     in_flight: list = []
     # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other for ever.
+    dispatched = spec.steps_per_dispatch
     most_in_flight = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 2
     data = batches(start) if start < spec.steps else iter(())
     ledger.charge("start")
 
     def flush() -> None:
         """Reads and writes the pending step's metrics; the only place where the host waits for the device."""
-        nonlocal pending
-        if pending is None:
-            return
-        step, metrics, seconds = pending
-        pending = None
-        values = compute(metrics)
-        ledger.charge("step")
-        if not all(map(math.isfinite, values.values())):
-            _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
-        row = values | recipe.schedules(step)
-        if seconds:
-            row |= {"images_per_second": spec.batch / seconds}
-        writer.write(step + 1, row)
+        while pending:
+            step, i, metrics, seconds = pending.pop(0)
+            values = compute(jax.tree.map(itemgetter(i), jax.device_get(metrics)))
+            ledger.charge("step")
+            if not all(map(math.isfinite, values.values())):
+                _stop_at_non_finite(recipe, state, batches, prepare, checkpointer, meta)
+            row = values | recipe.schedules(step)
+            if seconds:
+                row |= {"images_per_second": spec.batch / seconds}
+            writer.write(step + 1, row)
 
     def settle(step: int) -> None:
         """Before the state is used: the rows so far, and the certainty that it did take every step."""
         flush()
         if int(state.step) != step:
-            _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
+            _stop_at_non_finite(recipe, state, batches, prepare, checkpointer, meta)
 
     def evaluate(step: int) -> str:
         todo = {name: fn for name, fn in evals.items() if step != start or name in left}
@@ -234,7 +253,7 @@ def train(
         # THE ORDER IS FIXED: save, eval, next batch, dispatch, write the previous step's metrics, hooks. A save comes
         # before the eval, which then sees what is saved and can lose nothing, and before the next batch, so that step
         # alone says where the data are.
-        for step in range(start, spec.steps):
+        for step in range(start, spec.steps, dispatched):
             leave_if_told(step)
             if due(step, spec.save_every) and step != start:
                 save(step)
@@ -243,27 +262,31 @@ def train(
                     log.error("evaluation %s; training goes on", failed)
                 leave_if_told(step)
                 mark, marked_step = time.perf_counter(), step
-            batch = next(data)
-            _check_rows(batch, spec.batch)
+            inputs = tuple(next(data) for _ in range(dispatched))
+            for batch in inputs:
+                _check_rows(batch, spec.batch)
             ledger.charge("input")
             if step == start:
                 log.info("compiling the step (about a minute the first time) ...")
                 before = ledger.seconds.get("compile", 0.0)
-                step_fn = step_fn.lower(state, batch, jnp.int32(step)).compile()
+                step_fn = step_fn.lower(state, inputs, jnp.int32(step), prepare).compile()
                 set_fragments_aside()
                 ledger.charge("compile")
                 log.info("compiled in %.1f s", ledger.seconds["compile"] - before)
             with annotate(step):
-                state, metrics = step_fn(state, batch, jnp.int32(step))
+                state, metrics = step_fn(state, inputs, jnp.int32(step), prepare)
             flush()
             in_flight.append(metrics["loss"].sum)
             if len(in_flight) > most_in_flight:
                 jax.block_until_ready(in_flight.pop(0))
             ledger.charge("step")
-            if (spec.log_every and step % spec.log_every == 0) or step + 1 == spec.steps:
+            logged = {0} if spec.log_every and step % spec.log_every == 0 else set()
+            logged |= {dispatched - 1} if step + dispatched == spec.steps else set()
+            if logged:
                 now = time.perf_counter()
                 steps_since = step - marked_step
-                pending = (step, metrics, (now - mark) / steps_since if steps_since else 0.0)
+                seconds = (now - mark) / steps_since if steps_since else 0.0
+                pending = [(step + i, i, metrics, seconds) for i in sorted(logged)]
                 mark, marked_step = now, step
             if profile:
                 profile(step, metrics)
@@ -292,11 +315,12 @@ def _ended(data: Iterator[dict]) -> Iterator[None]:
             close()
 
 
-def _stop_at_non_finite(recipe, state, batches, checkpointer, meta) -> None:
+def _stop_at_non_finite(recipe, state, batches, prepare, checkpointer, meta) -> None:
     step = int(state.step)  # the guarded step froze the state at the first bad step
     plain = auto_mesh(state.step.sharding.mesh)
     with jax.set_mesh(plain):
-        where = diagnose(recipe, *moved_to(plain, (state, next(batches(step)))))
+        held, inputs, prepare = moved_to(plain, (state, next(batches(step)), prepare))
+        where = diagnose(recipe, held, jax.jit(lambda make, x: make(x))(prepare, inputs))
     checkpointer.save(step, state, {**meta, "stopped": "non-finite loss"}, wait=True)
     raise NonFiniteLoss(
         f"step {step} is not finite, {where}. The state before it is saved as step {step}. Lower "
