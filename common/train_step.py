@@ -73,9 +73,8 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
     return step
 
 
-Prepare = (
-    jax.tree_util.Partial
-)  # from what the input pipeline gives to a batch; a pytree, so it may hold arrays
+# From what the input pipeline gives to a batch: a jax.tree_util.Partial, so that it may hold arrays.
+Prepare = Callable[[dict], dict]
 AS_IT_IS: Prepare = jax.tree_util.Partial(lambda batch: batch)
 
 

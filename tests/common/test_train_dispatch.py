@@ -44,7 +44,7 @@ def test_nan_inside_a_program_stops_the_run_at_its_own_step(tmp_path):
         run(tmp_path, 16, data=poisoned, steps_per_dispatch=4, **EVERY)
     assert int(saved(tmp_path).step) == 6
     with pytest.raises(
-        ConfigError, match=r"from step 6, which train.steps_per_dispatch=4 does not"
+        ConfigError, match=r"is at step 6, which train.steps_per_dispatch=4 does not"
     ):
         run(tmp_path, 16, steps_per_dispatch=4, **EVERY)
 
