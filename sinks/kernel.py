@@ -54,7 +54,6 @@ def mix(
     B, G, Q, T, K = q_recent.shape
     rows, keys = min(ROWS, _up(Q * T, 8)), min(KEYS, _up(recent_k.shape[2], LANES))
     N, M, S = _up(Q * T, rows), _up(recent_k.shape[2], keys), _up(max(sink_k.shape[2], 1), LANES)
-
     by_row = partial(_pad, axis=-2, size=N)  # [..., Q T, ...] with rows of padding
     q = [by_row(x.reshape(B, G, Q * T, K)) for x in (q_sink, q_recent)]
     times = [by_row(jnp.tile(x, (1, Q))[..., None]) for x in (t, evicted)]
@@ -69,6 +68,7 @@ def mix(
     scales = tuple(x[:, :, None] for x in scales or ())
 
     in_specs, row = _blocks(rows, keys, S, K, len(scales))
+    order = ("parallel", "parallel", "parallel", "arbitrary")
     out = pl.pallas_call(
         partial(_kernel, sinks, recent_k.shape[2], K**-0.5),
         grid=(B, G, N // rows, M // keys),
@@ -76,9 +76,7 @@ def mix(
         out_specs=row,
         out_shape=jax.ShapeDtypeStruct((B, G, N, K), jnp.float32),
         scratch_shapes=[pltpu.VMEM((rows, w), jnp.float32) for w in (LANES, LANES, K)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order),
         interpret=interpret,
     )(*q, *times, *per_head, *sink_kv, sink_j, recent_k, recent_v, recent_j, *scales)
     return out[:, :, : Q * T].reshape(B, G, Q, T, K)
