@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -57,7 +56,6 @@ def curves(
         figsize=(n_columns * PANEL_INCHES[0], n_rows * PANEL_INCHES[1]), layout="constrained"
     )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    FigureCanvasAgg(figure)
     all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
     last_step = max((row["step"] for row in rows), default=0)
     for ax, (title, series) in zip(all_axes, panels.items()):

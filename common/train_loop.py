@@ -18,6 +18,7 @@ from common.config import ConfigError
 from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
 from common.evaluation import EvaluationFailed, run_evals, unrecorded
+from common.flops import utilisation
 from common.host import set_fragments_aside
 from common.mesh import auto_mesh
 from common.metrics import Metrics, compute
@@ -178,6 +179,7 @@ class Loop:
     ledger: Ledger = field(default_factory=Ledger)
     guard: PreemptionGuard = field(default_factory=PreemptionGuard)
     profile: ProfileWindow | None = None
+    in_a_second: dict[str, float] = field(default_factory=dict)  # the utilisation by steps of 1 s
     pending: tuple[int, Metrics, float] | None = None  # step, metrics, seconds a step
     in_flight: list[jax.Array] = field(default_factory=list)
     state: TrainState = field(init=False)  # donated to every step: nothing else may hold it
@@ -239,7 +241,10 @@ class Loop:
         if step == self.first:
             log.info("compiling the step (about a minute the first time) ...")
             before = self.ledger.seconds.get("compile", 0.0)
-            self.step_fn = self.step_fn.lower(self.state, batch, jnp.int32(step)).compile()
+            traced = self.step_fn.trace(self.state, batch, jnp.int32(step))
+            self.step_fn = traced.lower().compile()
+            devices = list(self.mesh.devices.flat)
+            self.in_a_second = utilisation(traced.jaxpr.jaxpr, devices, seconds=1)
             set_fragments_aside()
             self.ledger.charge("compile")
             log.info("compiled in %.1f s", self.ledger.seconds["compile"] - before)
@@ -262,6 +267,7 @@ class Loop:
         row = values | self.recipe.schedules(step)
         if seconds:
             row |= {"images_per_second": self.spec.batch / seconds}
+            row |= {name: part / seconds for name, part in self.in_a_second.items()}
         self.writer.write(step + 1, row)
 
     def keep_pace(self, step: int, metrics: Metrics) -> None:
