@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from common.data import Source, subset
-from common.writers import read_rows
+from common.writers import read_metrics
 from experiments.jepa.settings import Settings
 from jepa.masks import Masks, sample
 
@@ -122,7 +122,7 @@ def _bars(ax: Axes, accuracy: Accuracy, majority: Mapping[str, float]) -> None:
 def _knn_curves(ax: Axes, workdir: Path) -> None:
     labels: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for path in sorted(workdir.glob("seed*/metrics.jsonl")):
-        rows = read_rows(path)
+        rows = read_metrics(path)
         for key in {k for row in rows for k in row if k.startswith("eval/knn_")}:
             found = [(row["step"], row[key]) for row in rows if key in row]
             steps, values = np.array(found).T

@@ -23,7 +23,7 @@ from experiments.metaopt.grid import (
     summary,
 )
 from experiments.metaopt.methods import METHODS
-from experiments.metaopt.pictures import draw
+from experiments.metaopt.pictures import draw_grid
 from experiments.metaopt.tasks.gpt import gpt_task
 from experiments.metaopt.tasks.mlp import mlp_task
 from experiments.metaopt.tasks.resnet import resnet_task
@@ -82,7 +82,7 @@ def run(run: Run) -> int:
     score = next(iter(rows[0].metrics))
     show(rows, f"{run.values['name']}: test {score} by initial rate", score)
     names = [method.name for method in methods]
-    log.info("drew %s", draw(run.workdir, rows, names, spec, score))
+    log.info("drew %s", draw_grid(run.workdir, rows, names, spec, score))
     log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
     return 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.results import ResultRow, read_rows
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments.metaopt.grid import diverged
 from experiments.metaopt.grid_job import gaps
 from experiments.metaopt.table1 import ROWS as TABLE1

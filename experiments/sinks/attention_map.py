@@ -80,7 +80,7 @@ def run(run: Run) -> int:
     np.savez_compressed(
         workdir / "maps.npz", **{k: v.astype(np.float32) for k, v in maps._asdict().items()}
     )
-    draw(maps, share_LH, workdir / "attention.png", _title(settings))
+    draw_maps(maps, share_LH, workdir / "attention.png", _title(settings))
     draw_heads(maps, workdir / "heads.png")
     metrics = {
         "first_token_share": share_LH.mean(),
@@ -120,7 +120,7 @@ def _title(settings: Settings) -> str:
     return f"{model}, {seen}, mean over {settings.texts} stretches of {settings.tokens} tokens"
 
 
-def draw(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
+def draw_maps(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
     """The share of the first token per layer and head [L, H], and eight layers' maps, averaged over heads."""
     L = len(share_LH)
     figure = Figure(figsize=(13, 5.4), layout="constrained")

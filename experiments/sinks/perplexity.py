@@ -22,14 +22,13 @@ from common.config import ConfigError, build, check_choices
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.plots import curves
 from common.results import config_hash, markdown_table, read_rows
-from common.writers import make_writer
-from common.writers import read_rows as read_metrics
+from common.writers import make_writer, read_metrics
 from experiments.shared.run import Run, job
 from experiments.sinks.inputs import open_model, read_documents
 from sinks import params, perplexity, stream, text
 from sinks.loading import Model
 from sinks.perplexity import Tally
-from sinks.policies import Cached, Policy, make_policy
+from sinks.policies import Cached, CachePolicy, make_policy
 
 log = logging.getLogger("triptych")
 
@@ -61,7 +60,7 @@ class Settings:
             raise ValueError(f"chunk={self.chunk}, save_every={self.save_every}: at least 1")
         list(self.sweep(10))  # refuses unknown policies and impossible sizes
 
-    def sweep(self, tokens: int) -> Iterator[tuple[str, Policy]]:
+    def sweep(self, tokens: int) -> Iterator[tuple[str, CachePolicy]]:
         """Every setting by name, such as "sinks 4+1020"."""
         spec = {"dtype": self.dtype, "int8": self.int8}
         for kind in self.policies:
@@ -107,7 +106,7 @@ def run(run: Run) -> int:
             stream.check_spec(model.config, policy.spec)
         with run.part(folder.name) as clock:
             found = _run_one(settings, run, name, policy, model, tokens, folder, inputs)
-        draw(workdir)
+        draw_perplexity(workdir)
         if found is None:
             log.warning("%s: stopped; start the same command again to continue", name)
             return EXIT_PREEMPTED
@@ -156,7 +155,7 @@ def _run_one(
     settings: Settings,
     run: Run,
     name: str,
-    policy: Policy,
+    policy: CachePolicy,
     model: Model,
     tokens: np.ndarray,
     folder: Path,
@@ -231,7 +230,7 @@ def _settings_of(workdir: Path) -> dict[str, Path]:
     return {path.parent.name.replace("_", " "): path.parent for path in found}
 
 
-def draw(workdir: Path) -> None:
+def draw_perplexity(workdir: Path) -> None:
     """perplexity.png: running perplexity, and each chunk's own, one line per setting."""
     rows: list[dict[str, float]] = []
     names = _settings_of(workdir)

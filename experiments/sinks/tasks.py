@@ -134,7 +134,7 @@ def _run(s: Settings, run: Run, make: Callable[[bool], list[tasks.Task]], kinds:
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
         scratch.replace(workdir / "rows.jsonl")
     rows = [row for name in s.runs() for row in rows if row["policy"] == name]
-    draw(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
+    draw_accuracy(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
     metrics = {f"accuracy/{row['policy']}": row["right"] / row["asked"] for row in rows}
     for row in rows:
         metrics |= {f"accuracy/{row['policy']}/{k}": n / of for k, (n, of) in row["kinds"].items()}
@@ -195,7 +195,7 @@ def _table_row(row: dict[str, Any]) -> tuple:
     return row["policy"], right, asked, *percent, round(row["tokens"] / row["seconds"])
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path, title: str, kinds: str) -> None:
+def draw_accuracy(rows: Sequence[dict[str, Any]], path: Path, title: str, kinds: str) -> None:
     """Accuracy of every policy: against the kind of question where there are several, else as bars."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     ax = figure.subplots()
