@@ -15,6 +15,7 @@ from common.sharding import BATCH_AXES
 from common.train_loop import TrainSpec
 from experiments.shared.learned_optim import optimizer_of
 from jepa.config import ViTConfig, vit
+from jepa.device_batch import DeviceBatch
 from jepa.masks import MaskSpec
 from jepa.objective import ObjectiveSpec
 from jepa.probe import ProbeSpec
@@ -36,6 +37,7 @@ class DataSettings:
     eval_resize: int
     workers: int
     skip_bad: bool
+    on_device: bool = False
 
     def __post_init__(self):
         if not 0 <= self.held_out < 1:
@@ -155,6 +157,13 @@ class Settings:
             ratio=self.data.crop_ratio,
             flip=self.data.flip,
         )
+
+    @property
+    def device_batch(self) -> DeviceBatch | None:
+        """What makes batches inside the train step, where the images lie on the device."""
+        if not self.data.on_device:
+            return None
+        return DeviceBatch(self.augmentation, self.recipe.masks, self.train.seed)
 
     @property
     def evaluation_crop(self) -> CenterCrop:

@@ -24,6 +24,7 @@ def base() -> ConfigDict:
                 "flip": False,
                 "eval_resize": 0,  # short side before the centre crop; 0 = the model's image size
                 "workers": 0,
+                "on_device": False,  # all images on the device; crops and masks inside the step
                 "skip_bad": False,  # go on without images that cannot be read; they are counted
             },
             "model": {
@@ -83,6 +84,7 @@ def base() -> ConfigDict:
                 "eval_every": 0,
                 "save_every": 500,
                 "accumulate": 1,
+                "steps_per_dispatch": 1,
                 "profile_start": 10,
                 "profile_steps": 0,
             },
