@@ -165,7 +165,7 @@ def train(
     anew = restored is None or evaluate_again
     left = evals if anew else unrecorded(evals, workdir, start)  # at the first step
 
-    step_fn = jax.jit(
+    step_fn: Any = jax.jit(  # and the compiled program in its place
         make_train_step(recipe, spec.accumulate),
         in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(sharding, replicated(mesh)),
