@@ -84,7 +84,7 @@ class Checkpointer:
         self._orbax = ocp.training.Checkpointer(
             self._directory,
             context=context,
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]  # orbax annotates one class in two ways
             cleanup_tmp_directories=True,
         )
         self._current: int | None = None  # the step last saved or restored

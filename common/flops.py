@@ -126,7 +126,7 @@ def transformer_flops(
     return float(depth * (projections + attention + mlp))
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: jax.Device) -> float | None:  # pyright: ignore[reportInvalidTypeForm]  # jax has it as a variable
     """The chip's dense bf16 peak in FLOP/s, or None where the table lacks it (every CPU)."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
 

@@ -378,7 +378,7 @@ def _lerp(bounds: Range, u: Array) -> Array:
     return bounds[0] + u * (bounds[1] - bounds[0])
 
 
-def _fold(key: np.ndarray, data: np.ndarray | int) -> np.ndarray:
+def _fold(key: np.ndarray, data: np.ndarray | np.integer | int) -> np.ndarray:
     """A new key for each pair of key (uint64, an array) and data: one step of SplitMix64.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. Hashing

@@ -13,7 +13,7 @@ from common.metrics import Metrics
 from common.nn.layers import LOGICAL_AXES
 from common.nn.policy import Policy
 from common.optim import Optimizer, OptimSpec, decays
-from common.schedules import linear
+from common.schedules import Schedule, linear
 from common.sharding import logical_axes
 from jepa.config import ViTConfig
 from jepa.encoder import Encoder
@@ -95,7 +95,7 @@ class IJepa:
         )
 
     @cached_property
-    def momentum(self) -> optax.Schedule:
+    def momentum(self) -> Schedule:
         """EMA momentum by update count."""
         return linear(self.ema.start, self.ema.final, int(self.optim.schedule_scale * self.steps))
 
