@@ -165,10 +165,6 @@ class Checkpointer:
         """Steps of the complete checkpoints, ascending."""
         return _steps(self._directory)
 
-    def latest(self) -> int | None:
-        """The newest complete step."""
-        return max(self.steps(), default=None)
-
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises what went wrong with it."""
         try:

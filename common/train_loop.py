@@ -19,6 +19,7 @@ from common.config import ConfigError
 from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
 from common.evaluation import EvaluationFailed, run_evals, unrecorded
+from common.flops import utilisation
 from common.host import set_fragments_aside
 from common.mesh import auto_mesh
 from common.metrics import Metrics, compute
@@ -192,6 +193,7 @@ class Loop:
     ledger: Ledger = field(default_factory=Ledger)
     guard: PreemptionGuard = field(default_factory=PreemptionGuard)
     profile: ProfileWindow | None = None
+    in_a_second: dict[str, float] = field(default_factory=dict)  # the utilisation by steps of 1 s
     # first step of the dispatch, which of its steps, metrics of all, seconds a step
     pending: list[tuple[int, int, Metrics, float]] = field(default_factory=list)
     in_flight: list[jax.Array] = field(default_factory=list)
@@ -260,7 +262,10 @@ class Loop:
             log.info("compiling the step (about a minute the first time) ...")
             before = self.ledger.seconds.get("compile", 0.0)
             now = jnp.int32(step)
-            self.step_fn = self.step_fn.lower(self.state, inputs, now, self.prepare).compile()
+            traced = self.step_fn.trace(self.state, inputs, now, self.prepare)
+            self.step_fn = traced.lower().compile()
+            devices, steps = list(self.mesh.devices.flat), self.spec.steps_per_dispatch
+            self.in_a_second = utilisation(traced.jaxpr.jaxpr, devices, seconds=steps)
             set_fragments_aside()
             self.ledger.charge("compile")
             log.info("compiled in %.1f s", self.ledger.seconds["compile"] - before)
@@ -283,6 +288,7 @@ class Loop:
             row = values | self.recipe.schedules(step)
             if seconds:
                 row |= {"images_per_second": self.spec.batch / seconds}
+                row |= {name: part / seconds for name, part in self.in_a_second.items()}
             self.writer.write(step + 1, row)
 
     def keep_pace(self, step: int, metrics: Metrics) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -160,7 +159,6 @@ def show(results: dict[str, dict[str, float]]) -> None:
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
     """Left: our policies. Right: what window attention costs against 4 sinks, beside the paper's models."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
     names = list(results)
     values = [results[name]["perplexity"] for name in names]
