@@ -52,9 +52,11 @@ class DamagedError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """What stays: the newest `keep`, and the multiples of `every_steps` for ever (0: none).
+    """What stays.
 
-    With keep=2, a damaged newest checkpoint costs one save interval and not the run.
+    Attributes:
+      keep: the newest checkpoints that stay. With 2, a damaged newest one costs one save interval and not the run.
+      every_steps: the steps whose multiples stay for good; 0 for none.
     """
 
     keep: int = 2

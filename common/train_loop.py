@@ -39,11 +39,13 @@ class TrainSpec:
     """How long and how often.
 
     Attributes:
-      steps: updates in all.  batch: global batch size.  seed: of parameters, data order, masks and noise.
-      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, saved and evaluated.
+      steps: updates in all.  batch: global batch size.  seed: seed of parameters, data order, masks and noise.
+      log_every: steps between rows of metrics; 0 for the last step alone.
+      eval_every: steps between evaluations; 0 for the last step alone.
+      save_every: steps between checkpoints; 0 for the last step alone.
       accumulate: microbatches per update.
       steps_per_dispatch: updates in one program, between which the host does nothing; the numbers are those of 1.
-      profile_start, profile_steps: window traced into <workdir>/profile; 0 steps for none.
+      profile_start: first step traced into <workdir>/profile.  profile_steps: steps traced; 0 for none.
     """
 
     steps: int

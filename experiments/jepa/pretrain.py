@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
+from common.checkpoint import Checkpointer, read_meta
 from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
@@ -38,7 +38,7 @@ from common.train_step import AS_IT_IS, Prepare
 from common.writers import make_writer, read_rows
 from experiments.jepa.data import Sets, check_sets, open_sets
 from experiments.jepa.probes import encode_fn, linear_probes, online_monitor
-from experiments.jepa.settings import DataSettings, Settings, resolve
+from experiments.jepa.settings import DataSettings, Settings, WriterSettings, resolve
 from experiments.shared.facts import data_facts
 from experiments.shared.run import Run, job, within
 from jepa.recipe import AddMasks
@@ -58,7 +58,6 @@ def run(run: Run) -> int:
     try:
         loader, add_masks, data_print = _stream(settings, sets, mesh)
         prepare = _prepare(settings, sets, mesh)
-        keep = CheckpointSpec(settings.checkpoint.keep)
         _describe(run, settings, len(sets.train), mesh)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
@@ -87,12 +86,12 @@ def run(run: Run) -> int:
             items_per_step=spec.batch,
             unit="images",
             tensorboard=settings.writers.tensorboard,
-            wandb=_wandb(settings),
+            wandb=_wandb(settings.writers, run.values),
         )
 
-    meta = {"config": settings.values, "data": data_print, "sets": _measured_on(sets)}
+    meta = {"config": run.values, "data": data_print, "sets": _measured_on(sets)}
     try:
-        with Checkpointer(workdir / "checkpoints", keep) as saver:
+        with Checkpointer(workdir / "checkpoints", settings.checkpoint) as saver:
             state, seconds = train(
                 recipe,
                 spec,
@@ -235,12 +234,12 @@ def _check_writers(settings: Settings) -> None:
             raise ConfigError(f"config.writers.{name}=True needs {module}: pip install '.[{name}]'")
 
 
-def _wandb(settings: Settings) -> dict[str, Any] | None:
+def _wandb(writers: WriterSettings, values: dict[str, Any]) -> dict[str, Any] | None:
     """What W&B is told of the run; None where it is off."""
-    if not settings.writers.wandb:
+    if not writers.wandb:
         return None
-    project = settings.writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
-    return {"project": project, "config": settings.values}
+    project = writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
+    return {"project": project, "config": values}
 
 
 def _describe(run: Run, settings: Settings, examples: int, mesh: Mesh) -> None:
