@@ -63,18 +63,7 @@ def run(run: Run) -> int:
         raise ConfigError(str(error)) from error
 
     def batches(start: int) -> Iterator[dict]:
-        if settings.data.on_device:
-            host = drawn_records(sets.train, loader, start)
-        else:
-            host = train_batches(
-                sets.train,
-                loader,
-                transform=settings.augmentation,
-                batch_transform=add_masks,
-                start_step=start,
-            )
-        depth = max(2, spec.steps_per_dispatch)
-        return prefetch_to_device(host, batch_sharding(mesh), depth, batch=spec.batch)
+        return _batches(settings, sets, loader, add_masks, mesh, start)
 
     def open_writer(restored_step: int):
         _check_resumed(run, restored_step, spec.steps, meta)
@@ -115,6 +104,25 @@ def run(run: Run) -> int:
         draw_curves(workdir)
 
     return _finish(run, settings, sets, mesh, state, seconds)
+
+
+def _batches(
+    settings: Settings, sets: Sets, loader: LoaderSpec, add_masks: AddMasks, mesh: Mesh, start: int
+) -> Iterator[dict]:
+    """Batches on the devices from step `start`; with data.on_device, the numbers of their records alone."""
+    if settings.data.on_device:
+        host = drawn_records(sets.train, loader, start)
+    else:
+        host = train_batches(
+            sets.train,
+            loader,
+            transform=settings.augmentation,
+            batch_transform=add_masks,
+            start_step=start,
+        )
+    spec = settings.train
+    depth = max(2, spec.steps_per_dispatch)
+    return prefetch_to_device(host, batch_sharding(mesh), depth, batch=spec.batch)
 
 
 def _stream(
