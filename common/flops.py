@@ -83,7 +83,7 @@ def _jaxprs_in(params: dict[str, Any]) -> list[Any]:
     return [x for x in closed if hasattr(x, "eqns")]
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: jax.Device) -> float | None:  # pyright: ignore[reportInvalidTypeForm]  # jax has it as a variable
     """The chip's dense bf16 peak in FLOP/s, or None where the table lacks it (every CPU)."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
 from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, path_name, replicated
 from common.state import TrainState, abstract_with_shardings, init_sharded, state_shardings
-from common.train_step import diagnose, make_train_step
+from common.train_step import AS_IT_IS, Prepare, diagnose, make_dispatch, make_train_step
 from common.writers import Writer
 
 log = logging.getLogger("triptych")
@@ -38,10 +39,13 @@ class TrainSpec:
     """How long and how often.
 
     Attributes:
-      steps: updates in all.  batch: global batch size.  seed: of parameters, data order, masks and noise.
-      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, saved and evaluated.
+      steps: updates in all.  batch: global batch size.  seed: seed of parameters, data order, masks and noise.
+      log_every: steps between rows of metrics; 0 for the last step alone.
+      eval_every: steps between evaluations; 0 for the last step alone.
+      save_every: steps between checkpoints; 0 for the last step alone.
       accumulate: microbatches per update.
-      profile_start, profile_steps: window traced into <workdir>/profile; 0 steps for none.
+      steps_per_dispatch: updates in one program, between which the host does nothing; the numbers are those of 1.
+      profile_start: first step traced into <workdir>/profile.  profile_steps: steps traced; 0 for none.
     """
 
     steps: int
@@ -51,12 +55,14 @@ class TrainSpec:
     eval_every: int = 0
     save_every: int = 500
     accumulate: int = 1
+    steps_per_dispatch: int = 1
     profile_start: int = 10
     profile_steps: int = 0
 
     def __post_init__(self):
-        if min(self.steps, self.batch, self.accumulate) < 1:
-            raise ValueError("train.steps, train.batch and train.accumulate must be at least 1")
+        if min(self.steps, self.batch, self.accumulate, self.steps_per_dispatch) < 1:
+            positive = "train.steps, train.batch, train.accumulate and train.steps_per_dispatch"
+            raise ValueError(f"{positive} must be at least 1")
         hooks = ("log_every", "eval_every", "save_every", "profile_start", "profile_steps")
         if negative := [f"train.{n}={getattr(self, n)}" for n in hooks if getattr(self, n) < 0]:
             raise ValueError(f"{', '.join(negative)} must not be negative")
@@ -64,6 +70,12 @@ class TrainSpec:
             raise ValueError(
                 f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} microbatches"
             )
+
+        if not self.profile_steps:
+            hooks = hooks[:3]
+        each = self.steps_per_dispatch
+        if odd := [f"train.{n}={v}" for n in ("steps", *hooks) if (v := getattr(self, n)) % each]:
+            raise ValueError(f"train.steps_per_dispatch={each} must divide {', '.join(odd)}")
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ValueError unless every microbatch spreads evenly over the mesh."""
@@ -120,6 +132,7 @@ def train(
     meta: Mapping[str, Any],
     evals: Mapping[str, EvalFn] | None = None,
     evaluate_again: bool = False,
+    prepare: Prepare = AS_IT_IS,
 ) -> tuple[Any, dict[str, float]]:
     """Trains to `spec.steps` and returns (final state, ledger seconds of all parts).
 
@@ -130,21 +143,23 @@ def train(
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
         fails leaves "<name>_failed" in the rows; a restart runs those that metrics.jsonl lacks at its first step.
       evaluate_again: they measure something else than before, so a restart repeats those at its first step.
+      prepare: makes a batch of what `batches` gives, inside the step (`common.train_step.make_dispatch`).
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
       Preempted: after SIGTERM; the state is saved.
       EvaluationFailed: at the end, with the state saved; a restart repeats what failed, and no training.
-      ConfigError: the checkpoint was trained on other data, or for longer than `spec.steps`.
+      ConfigError: the checkpoint was trained on other data, or for longer than `spec.steps`, or to a step between two
+        dispatches.
       ValueError: a batch has not `spec.batch` rows.
     """
-    loop = Loop(recipe, spec, mesh, batches, checkpointer, workdir, meta, evals or {})
+    loop = Loop(recipe, spec, mesh, batches, checkpointer, workdir, meta, evals or {}, prepare)
     loop.start(open_writer, evaluate_again)
     with contextlib.closing(loop.writer), _ended(loop.data), jax.set_mesh(mesh), loop.guard:
         # THE ORDER IS FIXED: save, eval, next batch, dispatch, write the previous step's metrics, hooks. A save comes
         # before the eval, which then sees what is saved and can lose nothing, and before the next batch, so that step
         # alone says where the data are.
-        for step in range(loop.first, spec.steps):
+        for step in range(loop.first, spec.steps, spec.steps_per_dispatch):
             loop.leave_if_told(step)
             if _due(step, spec.save_every) and step != loop.first:
                 loop.save(step)
@@ -153,8 +168,8 @@ def train(
                     log.error("evaluation %s; training goes on", failed)
                 loop.leave_if_told(step)
                 loop.timed_from = time.perf_counter(), step
-            batch = loop.next_batch(step)
-            metrics = loop.dispatch(step, batch)
+            inputs = loop.next_inputs(step)
+            metrics = loop.dispatch(step, inputs)
             loop.write_previous()
             loop.keep_pace(step, metrics)
         loop.finish()
@@ -163,7 +178,7 @@ def train(
 
 @dataclass
 class Loop:
-    """A training under way: its state, the last step that was dispatched and not yet read, and all that they go to.
+    """A training under way: its state, the steps of the last dispatch that are not yet read, and all that they go to.
 
     `train` says in which order the methods are called, and what the arguments are.
     """
@@ -176,11 +191,13 @@ class Loop:
     workdir: Path
     meta: Mapping[str, Any]
     evals: Mapping[str, EvalFn]
+    prepare: Prepare
     ledger: Ledger = field(default_factory=Ledger)
     guard: PreemptionGuard = field(default_factory=PreemptionGuard)
     profile: ProfileWindow | None = None
     in_a_second: dict[str, float] = field(default_factory=dict)  # the utilisation by steps of 1 s
-    pending: tuple[int, Metrics, float] | None = None  # step, metrics, seconds a step
+    # first step of the dispatch, which of its steps, metrics of all, seconds a step
+    pending: list[tuple[int, int, Metrics, float]] = field(default_factory=list)
     in_flight: list[jax.Array] = field(default_factory=list)
     state: TrainState = field(init=False)  # donated to every step: nothing else may hold it
     first: int = field(init=False)  # the step that this start begins with
@@ -205,8 +222,8 @@ class Loop:
         left = self.evals if every else unrecorded(self.evals, self.workdir, self.first)
         self.at_first = {name: fn for name, fn in self.evals.items() if name in left}
         self.step_fn = jax.jit(
-            make_train_step(self.recipe, self.spec.accumulate),
-            in_shardings=(sharding, batch_sharding(self.mesh), replicated(self.mesh)),
+            make_dispatch(make_train_step(self.recipe, self.spec.accumulate)),
+            in_shardings=(sharding, batch_sharding(self.mesh), *[replicated(self.mesh)] * 2),
             out_shardings=(sharding, replicated(self.mesh)),
             donate_argnums=0,
             compiler_options=compiler_options(),
@@ -232,53 +249,63 @@ class Loop:
                 f"{self.workdir} has trained {self.first} steps, more than train.steps={self.spec.steps}: raise it, or take "
                 "another workdir"
             )
+        if self.first % (each := self.spec.steps_per_dispatch):
+            raise ConfigError(
+                f"{self.workdir} is at step {self.first}, which train.steps_per_dispatch={each} does not divide: set it to 1"
+            )
 
-    def next_batch(self, step: int) -> dict:
-        """The step's batch. With the first one, the step is compiled."""
-        batch = next(self.data)
-        _check_rows(batch, self.spec.batch)
+    def next_inputs(self, step: int) -> tuple[dict, ...]:
+        """What the dispatch of this step and those after it takes. With the first one, it is compiled."""
+        inputs = tuple(next(self.data) for _ in range(self.spec.steps_per_dispatch))
+        for batch in inputs:
+            _check_rows(batch, self.spec.batch)
         self.ledger.charge("input")
         if step == self.first:
             log.info("compiling the step (about a minute the first time) ...")
             before = self.ledger.seconds.get("compile", 0.0)
-            traced = self.step_fn.trace(self.state, batch, jnp.int32(step))
+            now = jnp.int32(step)
+            traced = self.step_fn.trace(self.state, inputs, now, self.prepare)
             self.step_fn = traced.lower().compile()
-            devices = list(self.mesh.devices.flat)
-            self.in_a_second = utilisation(traced.jaxpr.jaxpr, devices, seconds=1)
+            devices, steps = list(self.mesh.devices.flat), self.spec.steps_per_dispatch
+            self.in_a_second = utilisation(traced.jaxpr.jaxpr, devices, seconds=steps)
             set_fragments_aside()
             self.ledger.charge("compile")
             log.info("compiled in %.1f s", self.ledger.seconds["compile"] - before)
-        return batch
+        return inputs
 
-    def dispatch(self, step: int, batch: dict) -> Metrics:
+    def dispatch(self, step: int, inputs: tuple[dict, ...]) -> Metrics:
         with annotate(step):
-            self.state, metrics = self.step_fn(self.state, batch, jnp.int32(step))
+            now = jnp.int32(step)
+            self.state, metrics = self.step_fn(self.state, inputs, now, self.prepare)
         return metrics
 
     def write_previous(self) -> None:
-        """Reads and writes the pending step's metrics; the only place where the host waits for the device."""
-        if self.pending is None:
-            return
-        (step, metrics, seconds), self.pending = self.pending, None
-        values = compute(metrics)
-        self.ledger.charge("step")
-        if not all(map(math.isfinite, values.values())):
-            self._stop_at_non_finite()
-        row = values | self.recipe.schedules(step)
-        if seconds:
-            row |= {"images_per_second": self.spec.batch / seconds}
-            row |= {name: part / seconds for name, part in self.in_a_second.items()}
-        self.writer.write(step + 1, row)
+        """Reads and writes the pending steps' metrics; the only place where the host waits for the device."""
+        while self.pending:
+            first, i, metrics, seconds = self.pending.pop(0)
+            step, values = first + i, compute(jax.tree.map(itemgetter(i), jax.device_get(metrics)))
+            self.ledger.charge("step")
+            if not all(map(math.isfinite, values.values())):
+                self._stop_at_non_finite()
+            row = values | self.recipe.schedules(step)
+            if seconds:
+                row |= {"images_per_second": self.spec.batch / seconds}
+                row |= {name: part / seconds for name, part in self.in_a_second.items()}
+            self.writer.write(step + 1, row)
 
     def keep_pace(self, step: int, metrics: Metrics) -> None:
-        """Waits where too many steps are in flight, and notes the step if its metrics are to be written."""
+        """Waits where too many dispatches are in flight, and notes the steps whose metrics are to be written."""
         self.in_flight.append(metrics["loss"].sum)
         if len(self.in_flight) > self.most_in_flight:
             jax.block_until_ready(self.in_flight.pop(0))
         self.ledger.charge("step")
-        if (self.spec.log_every and step % self.spec.log_every == 0) or step + 1 == self.spec.steps:
+        logged = [0] if self.spec.log_every and step % self.spec.log_every == 0 else []
+        if step + (each := self.spec.steps_per_dispatch) == self.spec.steps:
+            logged = sorted({*logged, each - 1})
+        if logged:
             (began, since), now = self.timed_from, time.perf_counter()
-            self.pending = step, metrics, (now - began) / (step - since) if step > since else 0.0
+            seconds = (now - began) / (step - since) if step > since else 0.0
+            self.pending = [(step, i, metrics, seconds) for i in logged]
             self.timed_from = now, step
         if self.profile:
             self.profile(step, metrics)
@@ -332,9 +359,10 @@ class Loop:
     def _stop_at_non_finite(self) -> None:
         step = int(self.state.step)  # the guarded step froze the state at the first bad step
         with jax.set_mesh(self.plain):
-            where = diagnose(
-                self.recipe, *moved_to(self.plain, (self.state, next(self.batches(step))))
-            )
+            inputs = next(self.batches(step)), self.prepare
+            state, (inputs, prepare) = moved_to(self.plain, (self.state, inputs))
+            batch = jax.jit(lambda make, x: make(x))(prepare, inputs)
+            where = diagnose(self.recipe, state, batch)
         meta = {**self.meta, "stopped": "non-finite loss"}
         self.checkpointer.save(step, self.state, meta, wait=True)
         raise NonFiniteLoss(

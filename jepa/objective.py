@@ -27,8 +27,9 @@ class ObjectiveSpec:
       center: subtract from every target its position's mean over the batch, before the norm. Not in the paper (False):
         what position alone predicts is then no part of the loss, which short runs otherwise spend themselves on.
       position_noise: StoP's sigma on mask positions; 0.25 in its paper, 0 for I-JEPA.
+      vicreg: factor on C-JEPA's terms; 0 for I-JEPA.
       variance, covariance, invariance: C-JEPA's terms on pooled context and target embeddings (Mo & Tong, NeurIPS
-        2024; docs/papers/ijepa.md 6.1), each times `vicreg`. 0 for I-JEPA.
+        2024; docs/papers/ijepa.md 6.1), each times `vicreg`.
     """
 
     distance: str = "smooth_l1"
