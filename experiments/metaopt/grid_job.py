@@ -6,22 +6,15 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from common.config import ConfigError, build, check_choices
-from common.results import ResultRow, append_row, read_rows
-from experiments.metaopt.grid import (
-    GridSpec,
-    Method,
-    Task,
-    diverged,
-    leaves_when_told,
-    run_grid,
-    summary,
-)
+from common.results import ResultRow, append_row
+from experiments.metaopt.grid import GridSpec, Method, Task, diverged, run_grid, summary
 from experiments.metaopt.methods import METHODS
 from experiments.metaopt.pictures import draw_grid
 from experiments.metaopt.tasks.gpt import gpt_task
@@ -110,7 +103,6 @@ def open_task(settings: TaskSettings) -> Task:
 
 
 @job(only=("methods",))
-@leaves_when_told
 def run(run: Run) -> int:
     """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
     settings = build(Settings, run.values)
@@ -139,8 +131,8 @@ def run_method(task: Task, method: Method, spec: GridSpec, run: Run) -> list[Res
     Raises:
       ConfigError: the method has rows of another config.
     """
-    path = run.workdir / "results.jsonl"
-    done = {row.overrides["initial_rate"]: row for row in _rows_of(method, spec, run)}
+    rows = partial(run.rows, {"method": method.name}, grid=dataclasses.asdict(spec))
+    done = {row.overrides["initial_rate"]: row for row in rows()}
     if done.keys() >= set(spec.rates):
         log.info("%s: done before", method.name)
         return [done[rate] for rate in spec.rates]
@@ -156,18 +148,8 @@ def run_method(task: Task, method: Method, spec: GridSpec, run: Run) -> list[Res
             steps=spec.epochs * task.steps(spec.batch),
             wall_seconds=clock.seconds / len(spec.rates),
         )
-        append_row(path, row)
-    return _rows_of(method, spec, run)
-
-
-def _rows_of(method: Method, spec: GridSpec, run: Run) -> list[ResultRow]:
-    rows = read_rows(run.workdir / "results.jsonl")
-    rows = [row for row in rows if row.overrides["method"] == method.name]
-    if not all(run.owns(row, part=True, grid=dataclasses.asdict(spec)) for row in rows):
-        raise ConfigError(
-            f"{run.workdir} has rows of {method.name} from another config: take another --workdir"
-        )
-    return rows
+        append_row(run.workdir / "results.jsonl", row)
+    return rows()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from common.config import ConfigError, build, check_choices
 from common.results import append_row, read_rows
-from experiments.metaopt.grid import GridSpec, Method, Task, leaves_when_told, run_grid, summary
+from experiments.metaopt.grid import GridSpec, Method, Task, run_grid, summary
 from experiments.metaopt.grid_job import TaskSettings, check_batch, open_task, wide_console
 from experiments.shared.published import published
 from experiments.shared.run import Run, job
@@ -95,7 +95,6 @@ class Settings:
 
 
 @job(only=("rows",))
-@leaves_when_told
 def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
     settings = build(Settings, run.values)
@@ -118,34 +117,26 @@ def _train(
     task: Task, name: str, make: Make, row: Row, spec: GridSpec, run: Run
 ) -> dict[str, float]:
     """Trains one line over the seeds unless it is done; returns the mean learned values of its lowest level."""
-    path = run.workdir / "results.jsonl"
-    rows = {r.overrides["row"]: r for r in read_rows(path)}
-    if name in rows and not run.owns(rows[name], part=True):
-        raise ConfigError(
-            f"{path} has the row of {name} from another config: take another --workdir"
-        )
-    done = {known: r.metrics for known, r in rows.items()}
-    if name not in done:
+    if done := run.rows({"row": name}):
+        metrics = done[0].metrics
+    else:
         epochs = min(row.epochs, spec.epochs)
         own = GridSpec(epochs, spec.batch, (1.0,), spec.seeds, spec.save_every)
         folder = name.replace("/", "-").replace(" ", "")
         with run.part(folder) as clock:
             cells = run_grid(task, Method(name, lambda rate: make()), own, run.workdir / folder)
         metrics = summary(cells)
-        append_row(
-            path,
-            run.row(
-                metrics,
-                part={"row": name},
-                seeds=spec.seeds,
-                steps=epochs * task.steps(spec.batch),
-                wall_seconds=clock.seconds,
-            ),
+        result = run.row(
+            metrics,
+            part={"row": name},
+            seeds=spec.seeds,
+            steps=epochs * task.steps(spec.batch),
+            wall_seconds=clock.seconds,
         )
-        done[name] = metrics
+        append_row(run.workdir / "results.jsonl", result)
         log.info("%s: %.2f %%", name, 100 * metrics["error"])
     prefix = "learned/"
-    return {k.removeprefix(prefix): v for k, v in done[name].items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
 def _show(rows: list[Row], workdir: Path) -> None:

@@ -19,12 +19,13 @@ import numpy as np
 
 from common.checkpoint import Checkpointer
 from common.config import ConfigError, build, check_choices
-from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.distributed import PreemptionGuard
 from common.plots import curves
-from common.results import config_hash, markdown_table, read_rows
+from common.results import ResultRow, config_hash, markdown_table, read_rows
+from common.train_loop import Preempted
 from common.writers import make_writer, read_metrics
 from experiments.shared.old_settings import as_before
-from experiments.shared.run import Run, job
+from experiments.shared.run import NOTHING, Run, job
 from experiments.sinks.inputs import open_model, read_documents
 from sinks import params, perplexity, stream, text
 from sinks.loading import Model
@@ -115,21 +116,20 @@ def run(run: Run) -> int:
         "text_crc32": zlib.crc32(tokens.tobytes()),
         "weights_crc32": params.fingerprint(model.params),
     }
-    _check_inputs(run, inputs)
+    for folder, row in _done_rows(run):
+        _check_same(run, folder, row.metrics, inputs)
     run.begin(0)
     model = model._replace(params=stream.prepare(model.params, stacked=True))
     for name, policy in settings.sweep(len(tokens)):
         folder = workdir / name.replace(" ", "_")
-        if _is_done(run, name, folder):
+        if run.rows({}, folder, name=name, block=NOTHING):
+            log.info("%s: done before, see %s", name, folder / "result.json")
             continue
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
         with run.part(folder.name) as clock:
             found = _run_one(settings, run, name, policy, model, tokens, folder, inputs)
         draw_perplexity(workdir)
-        if found is None:
-            log.warning("%s: stopped; start the same command again to continue", name)
-            return EXIT_PREEMPTED
         metrics = _metrics(*found) | {k: float(crc32) for k, crc32 in inputs.items()}
         if isinstance(policy, Cached):
             metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
@@ -143,26 +143,16 @@ def run(run: Run) -> int:
     return 0
 
 
-def _is_done(run: Run, name: str, folder: Path) -> bool:
-    """Whether a setting has its result. Raises ConfigError where that is of another config."""
-    for row in read_rows(folder / "results.jsonl"):
-        if not run.owns(row, part=True, name=name):
-            raise ConfigError(f"{folder} holds a result of another config: take another --workdir")
-        log.info("%s: done before, see %s", name, folder / "result.json")
-        return True
-    return False
-
-
-def _check_inputs(run: Run, inputs: dict[str, int]) -> None:
-    """Raises ConfigError where the table's rows are of a text or weights that have changed since under the same name."""
+def _done_rows(run: Run) -> Iterator[tuple[Path, ResultRow]]:
+    """Folder and result row of every setting that was measured with this config."""
     for name, folder in _settings_of(run.workdir).items():
         for row in read_rows(folder / "results.jsonl"):
-            if run.owns(row, part=True, name=name):
-                _check_same(run, folder, row.metrics, inputs)
+            if run.owns(row, part=True, name=name, block=NOTHING):
+                yield folder, row
 
 
 def _check_same(run: Run, folder: Path, saved: Mapping[str, Any], inputs: dict[str, int]) -> None:
-    """`saved` lacks what older versions did not write."""
+    """Raises ConfigError where a text or weights have changed under the same name since `saved`, which may lack them."""
     for key, setting in (("text_crc32", "text"), ("weights_crc32", "model")):
         if key in saved and saved[key] != inputs[key]:
             raise ConfigError(
@@ -180,20 +170,24 @@ def _run_one(
     tokens: np.ndarray,
     folder: Path,
     inputs: dict[str, int],
-) -> tuple[Tally, Tally, float] | None:
+) -> tuple[Tally, Tally, float]:
     """Streams the text under one policy: of all tokens, of those from a full cache, and seconds.
 
-    None: asked to stop, with the state saved.
+    Raises:
+      Preempted: asked to stop, with the state saved.
     """
     meta = {"setting": name, "config": run.part_hash, "tokens": len(tokens)}
-    former = config_hash({**as_before(run.values), "save_every": 0})  # as older versions had it
+    values = as_before(run.values)
+    former = {k: v for k, v in values.items() if k != "block"} | {
+        "save_every": 0
+    }  # of older versions
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder / "checkpoints") as saver, PreemptionGuard() as guard:
         first, state, tally, filled, seconds = 0, None, Tally(), Tally(), 0.0
         restored = saver.restore(jax.eval_shape(lambda: policy.init(model.config)))
         if restored is not None:
             state, saved = restored
-            if {k: saved[k] for k in meta} not in (meta, meta | {"config": former}):
+            if {k: saved[k] for k in meta} not in (meta, meta | {"config": config_hash(former)}):
                 raise ConfigError(
                     f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
                 )
@@ -228,7 +222,8 @@ def _run_one(
                 saver.save(piece.next, piece.state, meta | inputs | progress | sums, wait=stop)
             if stop and piece.next < len(tokens) - 1:
                 writer.close()
-                return None
+                draw(run.workdir)
+                raise Preempted(f"{name}: stopped at token {piece.next}; the state is saved")
         writer.close()
     return tally, filled, seconds
 
@@ -267,12 +262,6 @@ def draw_perplexity(workdir: Path) -> None:
 
 def write_table(run: Run) -> str:
     """table.md from the result rows of every setting that was measured with this config."""
-    rows = [
-        row
-        for name, folder in _settings_of(run.workdir).items()
-        for row in read_rows(folder / "results.jsonl")
-        if run.owns(row, part=True, name=name)
-    ]
     header = [
         "setting",
         "perplexity",
@@ -292,7 +281,7 @@ def write_table(run: Run) -> str:
             row.metrics["tokens_per_second"],
             row.metrics["cache_bytes"] / 1e6 if "cache_bytes" in row.metrics else None,
         ]
-        for row in rows
+        for _, row in _done_rows(run)
     ]
     table = markdown_table(header, cells)
     (run.workdir / "table.md").write_text(table)

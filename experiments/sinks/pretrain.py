@@ -27,13 +27,13 @@ from common.data import (
     prefetch_to_device,
     train_batches,
 )
-from common.distributed import EXIT_PREEMPTED, require_same
+from common.distributed import require_same
 from common.mesh import MeshSpec, make_mesh
 from common.optim import OptimSpec
 from common.plots import COLORS, draw_curves
 from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
-from common.train_loop import NonFiniteLoss, Preempted, TrainSpec, train
+from common.train_loop import TrainSpec, train
 from common.writers import make_writer, read_metrics
 from experiments.shared.learned_optim import optimizer_of
 from experiments.shared.run import Run, job
@@ -188,14 +188,7 @@ def run(run: Run) -> int:
             settings.data.length,
             settings.train.steps,
         )
-        try:
-            params = _train(recipe, settings, mesh, samples, workdir / name)
-        except Preempted as stop:
-            log.warning("%s; start the same command again to continue", stop)
-            return EXIT_PREEMPTED
-        except NonFiniteLoss as error:
-            log.error("error: %s", error)
-            return 1
+        params = _train(recipe, settings, mesh, samples, workdir / name)
         log.info(
             "%s: streaming %d bytes of held-out text",
             name,

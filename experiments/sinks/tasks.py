@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from common.config import ConfigError, build, check_choices
 from common.plots import COLORS
 from common.results import markdown_table
-from common.writers import complete_lines
+from common.writers import complete_lines, write_whole
 from experiments.shared.run import Run, job
 from experiments.sinks.inputs import open_model
 from sinks import stream, tasks
@@ -163,9 +163,7 @@ def _run(s: Settings, run: Run, make: Callable[[bool], list[tasks.Task]], kinds:
         texts = [tasks.tokenize(model.tokenizer, task) for task in make(spec is None)]
         log.info("%s: %d tokens; compiling ...", name, sum(len(ids) for ids, _ in texts))
         rows.append({"policy": name} | _answer(model, spec, texts, s.chunk, name))
-        scratch = workdir / "rows.jsonl.part"
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scratch.replace(workdir / "rows.jsonl")
+        write_whole(workdir / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     rows = [row for name in s.runs() for row in rows if row["policy"] == name]
     draw_accuracy(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
     metrics = {f"accuracy/{row['policy']}": row["right"] / row["asked"] for row in rows}
