@@ -147,6 +147,7 @@ def attend(
     def on_tpu() -> jax.Array:
         if T > 1:
             return _kernel(q_sink, q_recent, sinks, recent[0], plan, S, bias)
+        assert layer is not None
         # The ring is read as it lies, without a copy to put the new token beside it: that joins the sinks, turned back
         # from its own rotation to theirs.
         back = between(plan.recent, plan.sink)

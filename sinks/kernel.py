@@ -69,7 +69,7 @@ def mix(
     sink_j = _pad(sink_j, 1, S, NOWHERE)[:, None]
     # Not padded, which would copy the ring: what the last block reads beyond its end is masked.
     recent_j = _pad(recent_j, 1, M, NOWHERE)[:, None]
-    scales = tuple(x[:, :, None] for x in scales or ())
+    by_slot = [x[:, :, None] for x in scales or ()]
 
     row = lambda width: pl.BlockSpec((None, None, rows, width), lambda b, g, i, m: (b, g, i, 0))  # noqa: E731
     time = pl.BlockSpec((None, rows, 1), lambda b, g, i, m: (b, i, 0))
@@ -86,7 +86,7 @@ def mix(
             *(head, head),
             *(sink, sink, pl.BlockSpec((None, 1, S), lambda b, g, i, m: (b, 0, 0))),
             *(key, key, pl.BlockSpec((None, 1, keys), lambda b, g, i, m: (b, 0, m))),
-            *(scale for _ in scales),
+            *(scale for _ in by_slot),
         ],
         out_specs=row(K),
         out_shape=jax.ShapeDtypeStruct((B, G, N, K), jnp.float32),
@@ -95,7 +95,7 @@ def mix(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         interpret=interpret,
-    )(*q, *times, *per_head, *sink_kv, sink_j, recent_k, recent_v, recent_j, *scales)
+    )(*q, *times, *per_head, *sink_kv, sink_j, recent_k, recent_v, recent_j, *by_slot)
     return out[:, :, : Q * T].reshape(B, G, Q, T, K)
 
 

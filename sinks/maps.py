@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sinks import models
 from sinks.cache import CacheSpec
@@ -27,8 +28,8 @@ class Maps(NamedTuple):
       no_key_LHT: that rest, zeros in models without.
     """
 
-    weight_LHTT: jax.Array
-    no_key_LHT: jax.Array
+    weight_LHTT: jax.Array | np.ndarray
+    no_key_LHT: jax.Array | np.ndarray
 
 
 @partial(jax.jit, static_argnums=(0, 2))
