@@ -98,7 +98,7 @@ def _run(
     return jax.lax.scan(one_block, x_BTD, params["blocks"])
 
 
-def sink_share(maps: Maps, sinks: int, first: int) -> jax.Array:
+def sink_share(maps: Maps, sinks: int, first: int) -> jax.Array | np.ndarray:
     """How much of their attention queries from `first` on give the first `sinks` tokens, and no token: [L, H].
 
     Queries before `first` see little but the sinks. Raises ValueError where no query is left.
