@@ -135,7 +135,7 @@ def draw_maps(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
     L = len(share_LH)
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2.6)).flat
     ax = left.subplots()
     image = ax.imshow(100 * share_LH, aspect="auto", cmap="magma", vmin=0, vmax=100)
     ax.set(xlabel="head", ylabel="layer", title="attention on the first token (%)")
@@ -169,8 +169,8 @@ def draw_heads(maps: Maps, path: Path) -> None:
     )
     ax = figure.subplots()
     ax.imshow(sheet, cmap="magma", norm=LogNorm(FAINTEST, 1), interpolation="nearest")
-    ax.set_xticks(np.arange(H) * (n + 2) + n / 2, range(H), fontsize=6)
-    ax.set_yticks(np.arange(L) * (n + 2) + n / 2, range(L), fontsize=6)
+    ax.set_xticks(np.arange(H) * (n + 2) + n / 2, [*map(str, range(H))], fontsize=6)
+    ax.set_yticks(np.arange(L) * (n + 2) + n / 2, [*map(str, range(L))], fontsize=6)
     ax.set(xlabel="head", ylabel="layer")
     ax.set_facecolor("0.6")  # the gaps
     ax.spines[:].set_visible(False)

@@ -222,7 +222,7 @@ def _run_one(
                 saver.save(piece.next, piece.state, meta | inputs | progress | sums, wait=stop)
             if stop and piece.next < len(tokens) - 1:
                 writer.close()
-                draw(run.workdir)
+                draw_perplexity(run.workdir)
                 raise Preempted(f"{name}: stopped at token {piece.next}; the state is saved")
         writer.close()
     return tally, filled, seconds
