@@ -1,4 +1,4 @@
-"""Sizes of I-JEPA models (ijepa spec 1.3, 1.4)."""
+"""Sizes of I-JEPA models (docs/papers/ijepa.md 1.3, 1.4)."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,7 @@ class ViTConfig:
       width, depth, heads, hidden: the encoder; hidden is the MLP's inner width.
       predictor_width, predictor_depth, predictor_heads: the predictor (0 heads: the encoder's count, as released).
       depth_rescale: divide output projections of block l by sqrt(2 l) at init. The released models were trained
-        without it, as a later re-draw undoes it (spec 1.5).
+        without it, as a later re-draw undoes it (docs/papers/ijepa.md 1.5).
       position_scale: factor on the encoder's position table; 1 as released. At init the table outweighs the patches,
         targets are mostly position, and short runs spend themselves on that: below 1, content leads from the start.
     """

@@ -1,4 +1,4 @@
-"""The I-JEPA objective: predict the EMA encoder's view of hidden blocks (ijepa spec 1.0).
+"""The I-JEPA objective: predict the EMA encoder's view of hidden blocks (docs/papers/ijepa.md 1.0).
 
 Legend: B batch, M target blocks, C context tokens, T target tokens, N grid tokens, D width.
 """
@@ -28,7 +28,7 @@ class ObjectiveSpec:
         what position alone predicts is then no part of the loss, which short runs otherwise spend themselves on.
       position_noise: StoP's sigma on mask positions; 0.25 in its paper, 0 for I-JEPA.
       variance, covariance, invariance: C-JEPA's terms on pooled context and target embeddings (Mo & Tong, NeurIPS
-        2024; spec 6.1), each times `vicreg`. 0 for I-JEPA.
+        2024; docs/papers/ijepa.md 6.1), each times `vicreg`. 0 for I-JEPA.
     """
 
     distance: str = "smooth_l1"

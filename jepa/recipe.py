@@ -1,4 +1,4 @@
-"""I-JEPA pretraining in the paper's order: masks, targets, context, prediction, AdamW, EMA (ijepa spec 1)."""
+"""I-JEPA pretraining in the paper's order: masks, targets, context, prediction, AdamW, EMA (docs/papers/ijepa.md 1)."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ AXES = LOGICAL_AXES | {
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """The target encoder's momentum: linear from `start` to `final`. Equal values keep it constant (spec 6.2)."""
+    """The EMA encoder's momentum: linear from `start` to `final`; constant if they are equal (docs/papers/ijepa.md 6.2)."""
 
     start: float = 0.996
     final: float = 1.0

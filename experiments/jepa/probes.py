@@ -130,8 +130,8 @@ def linear_probes(
     """Linear probe test accuracies on frozen features.
 
     Returns {"linear_<label>/last", "linear_<label>/last4", "linear_<label>"}; the last is the better of the two by
-    held-out accuracy (spec 2). Where images were skipped or set aside for the test, also "skipped_images" (how many) and
-    "held_out" (the share).
+    held-out accuracy (docs/papers/ijepa.md 2). Where images were skipped or set aside for the test, also
+    "skipped_images" (how many) and "held_out" (the share).
     """
     probe, spec = settings.probe, settings.probe.spec(settings.train.seed)
     if not label_names(source):

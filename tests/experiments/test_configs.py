@@ -15,7 +15,7 @@ from experiments.sinks.configs import perplexity
 CONFIGS = sorted(
     name for _, name, _ in pkgutil.iter_modules(folder.__path__) if name not in ("base", "released")
 )
-RELEASED = {  # parameters in millions, ijepa spec 1.3 and 1.4: encoder, predictor
+RELEASED = {  # parameters in millions, docs/papers/ijepa.md 1.3 and 1.4: encoder, predictor
     "in1k_vith14": (630.43, 22.28),
     "in1k_vith16_448": (630.66, 22.28),
     "in22k_vith14": (630.43, 22.28),

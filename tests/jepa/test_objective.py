@@ -214,7 +214,7 @@ def recipe(**changes):
 
 
 def test_the_target_is_the_exponential_average_of_the_encoder():
-    """target <- m target + (1 - m) encoder, with m linear from .996 to 1 over the run (spec 1.6)."""
+    """target <- m target + (1 - m) encoder, with m linear from .996 to 1 over the run (docs/papers/ijepa.md 1.6)."""
     ijepa = recipe()
     encoder = {"kernel": np.array([1.0, 2.0], np.float32)}
     target = np.array([3.0, -1.0])

@@ -1,4 +1,4 @@
-"""What the I-JEPA configs share: every setting of the job, at the released recipe's values (ijepa spec 1.6 to 1.8)."""
+"""Every setting of the I-JEPA job, for the configs to change; the released values (docs/papers/ijepa.md 1.6 to 1.8)."""
 
 from types import SimpleNamespace
 

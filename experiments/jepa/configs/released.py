@@ -1,4 +1,4 @@
-"""What the four released ImageNet recipes have in common (ijepa spec 1.8): not a config by itself."""
+"""What the four released ImageNet recipes have in common (docs/papers/ijepa.md 1.8): not a config by itself."""
 
 from common.config import parse_arg
 from experiments.jepa.configs.base import base, smoke
