@@ -1,7 +1,8 @@
 """Attention over sinks, ring and new tokens: one softmax, for one token or a chunk of any length.
 
-A chunk gives exactly what its tokens give one by one (spec 2: each query has its own visible set and distances, and what a
-layer stores for a token depends on that token's query alone). So a long text needs no loop over tokens.
+A chunk gives exactly what its tokens give one by one (docs/papers/streamingllm.md 2: each query has its own visible set and
+distances, and what a layer stores for a token depends on that token's query alone). So a long text needs no loop over
+tokens.
 
 Legend: B batch, T new tokens, H query heads, G key heads, Q = H / G query heads per key head, K head width, S sinks,
 R ring slots, M keys.

@@ -60,8 +60,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> Pa
 
 
 def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters by GPT-NeoX's recipe (spec 1.8): small_init N(0, 2 / 5D), and wang_init 2 / (L sqrt(D)) for the
-    products into the residual stream."""
+    """Fresh parameters by GPT-NeoX's recipe (docs/papers/streamingllm.md 1.8): small_init N(0, 2 / 5D), and wang_init
+    2 / (L sqrt(D)) for the products into the residual stream."""
     small = (2 / (5 * config.width)) ** 0.5
     wang = 2 / config.depth / config.width**0.5
     leaves, treedef = jax.tree.flatten(layout(config), is_leaf=lambda x: isinstance(x, Leaf))

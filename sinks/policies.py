@@ -1,4 +1,6 @@
-"""What is remembered of a long text: the paper's four ways and the official chat's, behind one interface (spec 1.7).
+"""What is remembered of a long text: the paper's four ways and the official chat's, behind one interface.
+
+Defined in docs/papers/streamingllm.md 1.7:
 
   dense              every past token, at its true distance. Memory grows, and quality ends with the trained length.
   window             keys and values of the last R tokens. Breaks when token 0 leaves.

@@ -1,4 +1,4 @@
-"""StreamEval: what a register held some lines ago, asked again and again in an endless stream (paper 4.4 and Table 7).
+"""StreamEval: what a register held some lines ago, asked again and again in an endless stream (paper 4.3 and Table 7).
 
   python -m experiments.launch --config=experiments/sinks/configs/streameval.py --workdir=runs/streameval
 
