@@ -154,7 +154,7 @@ def _rows_of(method: Method, spec: GridSpec, run: Run) -> list[ResultRow]:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a method falls behind the best run of all, over its initial rates (spec 6.3).
+    """How far a method falls behind the best run of all, over its initial rates (docs/papers/gdtuo.md 6.3).
 
     Attributes:
       worst, mean: largest and geometric mean of score / best score; infinite where a run diverged.

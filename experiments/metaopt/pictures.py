@@ -117,7 +117,7 @@ def _natural(name: str, value: float) -> float:
 def _log(ax: Axes) -> None:
     """A logarithmic axis with plain numbers, also where it spans less than a decade.
 
-    Linear below 1e-8 where a value is not positive: a raw rate may turn negative (spec 1.3).
+    Linear below 1e-8 where a value is not positive: a raw rate may turn negative (docs/papers/gdtuo.md 1.3).
     """
     if any((np.asarray(line.get_ydata()) <= 0).any() for line in ax.lines):
         ax.set_yscale("symlog", linthresh=1e-8)

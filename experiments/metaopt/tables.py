@@ -31,7 +31,7 @@ def table1(results: Path) -> str:
 
 
 def figure4(results: Path) -> str:
-    """4a: every level from the same rate; 4b: the levels above from the authors' table of rates (spec 3.5)."""
+    """4a: every level from the same rate; 4b: levels above from the authors' table of rates (docs/papers/gdtuo.md 3.5)."""
     rows = read_rows(results / "mnist_towers.jsonl")
     rates = sorted({row.overrides["initial_rate"] for row in rows})
     paper = {(method, rate): error for (_, method, rate), error in _published("figure4").items()}
