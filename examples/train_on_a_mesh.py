@@ -30,7 +30,7 @@ def main() -> None:
     print(f"mesh: {dict(mesh.shape)}\nrules: {dict(PARAM_RULES)}")
 
     model = ModelConfig(family="llama", **SIZES, **HEADS)
-    recipe = LanguageModel(model, STEPS, OptimSpec(lr=3e-3, warmup=10))
+    recipe = LanguageModel(model, STEPS, OptimSpec(lr=3e-3, warmup=STEPS // 6))
     abstract, sharding = state_shardings(recipe, mesh)
     for path, shape in jax.tree_util.tree_leaves_with_path(abstract.params["blocks"]):
         name = path_name(path)
