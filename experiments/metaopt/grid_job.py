@@ -55,10 +55,12 @@ class TaskSettings:
 
 
 TASKS: dict[str, Callable[[TaskSettings], Task]] = {
-    "mlp": lambda s: mlp_task(s.data, s.data_dir, s.hidden, s.examples),
-    "resnet": lambda s: resnet_task(s.data, s.data_dir, s.hidden, s.depth, s.examples),
-    "charrnn": lambda s: charrnn_task(s.data, s.hidden, s.depth, s.length, s.examples),
-    "gpt": lambda s: gpt_task(s.data, s.hidden, s.depth, s.length, s.examples),
+    "mlp": lambda s: mlp_task(s.data, s.data_dir or None, s.hidden, s.examples or None),
+    "resnet": lambda s: resnet_task(
+        s.data, s.data_dir or None, s.hidden, s.depth, s.examples or None
+    ),
+    "charrnn": lambda s: charrnn_task(s.data, s.hidden, s.depth, s.length, s.examples or None),
+    "gpt": lambda s: gpt_task(s.data, s.hidden, s.depth, s.length, s.examples or None),
 }
 
 

@@ -25,6 +25,7 @@ from common.config import ConfigError
 from common.results import ResultRow, append_row, config_hash, make_row, read_rows
 from common.writers import to_json
 from experiments.shared.clock import Clock, write_json
+from experiments.shared.old_settings import ADDED, as_before, renewed
 
 log = logging.getLogger("triptych")
 
@@ -34,7 +35,9 @@ FREE = (
     "job",  # a run and its baselines share a workdir; each row names its own job
     "mesh",
     "train.accumulate",
+    "train.steps_per_dispatch",
     "data.workers",
+    "data.on_device",  # the same records; crops and masks are other draws, which no checkpoint mixes (its fingerprint)
     "data.skip_bad",  # batches are the same up to the first damaged image, and the row counts what was skipped
     "data.data_dir",
     "task.data_dir",
@@ -73,7 +76,9 @@ def within(name: str, groups: Sequence[str]) -> bool:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that differ and are not free to: full name -> (saved, now), NOTHING where one has none."""
-    old, new = settings_of(saved), settings_of(now)
+    old, new = (settings_of(renewed(config)) for config in (saved, now))
+    added = {f"config.{k}": v for k, v in ADDED.get(now.get("job", ""), {}).items()}
+    old, new = added | old, added | new
     pairs = {name: (old.get(name, NOTHING), new.get(name, NOTHING)) for name in {**old, **new}}
     return {k: (a, b) for k, (a, b) in pairs.items() if a != b and not within(k, FREE)}
 
@@ -81,7 +86,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 def hash_of(values: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """The hash that rows carry: of every setting that is not free, nor in `without`."""
     left_out = (*FREE, *without)
-    return config_hash({k: v for k, v in settings_of(values).items() if not within(k, left_out)})
+    values = settings_of(as_before(values))
+    return config_hash({k: v for k, v in values.items() if not within(k, left_out)})
 
 
 @dataclass
@@ -174,7 +180,7 @@ class Run:
 
         `former`: what older versions put into the config whose hash they wrote.
         """
-        config = {**(self.saved or self.values), "job": self.job, **former}
+        config = {**as_before(self.saved or self.values), "job": self.job, **former}
         ours = self.part_hash if part else hash_of(self.values)
         return row.config_hash in (ours, config_hash(config))
 

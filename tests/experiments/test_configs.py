@@ -50,7 +50,7 @@ def test_smoke_leaves_what_the_argument_says(name):
     else:
         values = config(name, "smoke,epochs=2,seed=3")
         train = values["train"]
-        assert (train["epochs"], train["steps"], train["seed"]) == (2.0, 0, 3)
+        assert (train["epochs"], train["steps"], train["seed"]) == (2.0, None, 3)
         assert resolve(values, 80).train.steps == 20
 
 
