@@ -13,6 +13,7 @@ import yaml
 from absl.testing import flagsaver
 
 from experiments import launch
+from experiments.shared.run import settings_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("common", "jepa", "sinks", "metaopt", "experiments")
@@ -97,6 +98,14 @@ def test_a_long_sentence_is_found():
     assert [s for s in sentences(text) if too_long(s)] == [" ".join(["-", *words, "more"])]
 
 
+@each([path for path in DOCUMENTS if path != JOURNAL])
+def test_words_are_plain(document):
+    text = without_code(document.read_text())
+    quaint = r"\b(?:anew|beside|for ever|(?:was|is|be|are|were) had|whence|thereof|lest)\b"
+    openings = r"(?:(?<=[.!?] )|(?<=\n\n))Of [a-z]\w+"
+    assert re.findall(f"{quaint}|{openings}", re.sub(r"`[^`]*`", "code", text)) == []
+
+
 def commands(text: str):
     """Every command that a document prints, in blocks of code or in a line."""
     blocks = re.findall(r"^```\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
@@ -164,6 +173,22 @@ def test_printed_commands_are_accepted(words, monkeypatch, capsys):
 def test_a_wrong_command_is_found(wrong, monkeypatch, capsys):
     with pytest.raises((AssertionError, SystemExit)):
         accept(wrong.split(), monkeypatch)
+
+
+def settings() -> set[str]:
+    """The full name of every setting of every config."""
+    names = set()
+    for path in (ROOT / "experiments").glob("*/configs/*.py"):
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if hasattr(module, "get_config") and path.stem not in ("base", "released"):
+            names |= settings_of(module.get_config("").to_dict()).keys()
+    return names
+
+
+def test_named_settings_exist():
+    text = "".join(path.read_text() for path in DOCUMENTS if path != JOURNAL)
+    named = set(re.findall(r"--(config\.[\w.]*\w)", text))
+    assert "config.optim.auto" in named and named - settings() == set()
 
 
 def tree() -> set[str]:
