@@ -34,8 +34,7 @@ def cifar10(results: Path) -> str:
         )
     note = (
         f"ViT-T/4, {rows[0].steps} steps of 512 (60 epochs), {machine(rows[0])}; test accuracy in %, average pooled target "
-        "encoder, images as JPEG. Published by a third party of unconfirmed origin, linear probe: "
-        f"{published}."
+        f"encoder, images as JPEG. Published by a third party of unconfirmed origin, linear probe: {published}."
     )
     header = ("features", "seed", "linear, last layer", "linear, last 4", "kNN", "row")
     return section("CIFAR-10", note, header, lines)
