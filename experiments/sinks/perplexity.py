@@ -161,6 +161,18 @@ def _check_same(run: Run, folder: Path, saved: Mapping[str, Any], inputs: dict[s
             )
 
 
+def _check_stream(
+    run: Run, folder: Path, saved: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError where the saved stream is not of this setting, config (or an older form of it) and length."""
+    values = {k: v for k, v in as_before(run.values).items() if k != "block"}
+    older = {**meta, "config": config_hash(values | {"save_every": 0})}
+    if {k: saved[k] for k in meta} not in (meta, older):
+        raise ConfigError(
+            f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
+        )
+
+
 def _run_one(
     settings: Settings,
     run: Run,
@@ -177,20 +189,13 @@ def _run_one(
       Preempted: asked to stop, with the state saved.
     """
     meta = {"setting": name, "config": run.part_hash, "tokens": len(tokens)}
-    values = as_before(run.values)
-    former = {k: v for k, v in values.items() if k != "block"} | {
-        "save_every": 0
-    }  # of older versions
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder / "checkpoints") as saver, PreemptionGuard() as guard:
         first, state, tally, filled, seconds = 0, None, Tally(), Tally(), 0.0
         restored = saver.restore(jax.eval_shape(lambda: policy.init(model.config)))
         if restored is not None:
             state, saved = restored
-            if {k: saved[k] for k in meta} not in (meta, meta | {"config": config_hash(former)}):
-                raise ConfigError(
-                    f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
-                )
+            _check_stream(run, folder, saved, meta)
             _check_same(run, folder, saved, inputs)
             first, seconds = saved["place"], saved["seconds"]
             tally, filled = Tally(**saved["tally"]), Tally(**saved["filled"])

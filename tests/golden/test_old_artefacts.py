@@ -18,7 +18,7 @@ from absl.testing import flagsaver
 import sinks
 from common.checkpoint import read_meta
 from common.results import read_rows
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments import launch
 from sinks import stream
 from sinks.cache import CacheSpec
