@@ -1,4 +1,4 @@
-"""Per-record image transforms on the host (I-JEPA's released recipe; `specs/ijepa.md` 1.7).
+"""Per-record image transforms on the host (I-JEPA's released recipe; docs/papers/ijepa.md 1.7).
 
 Records hold uint8 [H, W, 3] images and leave as uint8: 4x less to move than float32, and the device
 normalises for free (`normalize`). Every random choice comes from the Generator that is passed in,

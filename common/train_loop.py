@@ -19,6 +19,7 @@ from common.config import ConfigError
 from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
 from common.evaluation import EvaluationFailed, run_evals, unrecorded
+from common.flops import utilisation
 from common.host import set_fragments_aside
 from common.mesh import auto_mesh
 from common.metrics import Metrics, compute
@@ -38,11 +39,13 @@ class TrainSpec:
     """How long and how often.
 
     Attributes:
-      steps: updates in all.  batch: global batch size.  seed: of parameters, data order, masks and noise.
-      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, saved and evaluated.
+      steps: updates in all.  batch: global batch size.  seed: seed of parameters, data order, masks and noise.
+      log_every: steps between rows of metrics; 0 for the last step alone.
+      eval_every: steps between evaluations; 0 for the last step alone.
+      save_every: steps between checkpoints; 0 for the last step alone.
       accumulate: microbatches per update.
       steps_per_dispatch: updates in one program, between which the host does nothing; the numbers are those of 1.
-      profile_start, profile_steps: window traced into <workdir>/profile; 0 steps for none.
+      profile_start: first step traced into <workdir>/profile.  profile_steps: steps traced; 0 for none.
     """
 
     steps: int
@@ -192,6 +195,7 @@ class Loop:
     ledger: Ledger = field(default_factory=Ledger)
     guard: PreemptionGuard = field(default_factory=PreemptionGuard)
     profile: ProfileWindow | None = None
+    in_a_second: dict[str, float] = field(default_factory=dict)  # the utilisation by steps of 1 s
     # first step of the dispatch, which of its steps, metrics of all, seconds a step
     pending: list[tuple[int, int, Metrics, float]] = field(default_factory=list)
     in_flight: list[jax.Array] = field(default_factory=list)
@@ -260,7 +264,10 @@ class Loop:
             log.info("compiling the step (about a minute the first time) ...")
             before = self.ledger.seconds.get("compile", 0.0)
             now = jnp.int32(step)
-            self.step_fn = self.step_fn.lower(self.state, inputs, now, self.prepare).compile()
+            traced = self.step_fn.trace(self.state, inputs, now, self.prepare)
+            self.step_fn = traced.lower().compile()
+            devices, steps = list(self.mesh.devices.flat), self.spec.steps_per_dispatch
+            self.in_a_second = utilisation(traced.jaxpr.jaxpr, devices, seconds=steps)
             set_fragments_aside()
             self.ledger.charge("compile")
             log.info("compiled in %.1f s", self.ledger.seconds["compile"] - before)
@@ -283,6 +290,7 @@ class Loop:
             row = values | self.recipe.schedules(step)
             if seconds:
                 row |= {"images_per_second": self.spec.batch / seconds}
+                row |= {name: part / seconds for name, part in self.in_a_second.items()}
             self.writer.write(step + 1, row)
 
     def keep_pace(self, step: int, metrics: Metrics) -> None:

@@ -49,17 +49,17 @@ class Masks(NamedTuple):
 class MaskSpec:
     """What to draw. A spec that could not be sampled is refused when it is built.
 
-    Args:
+    Attributes:
       grid: (H, W), the rows and columns of patches.
-      mode: "fixed" or "paper", see the module's text.
+      mode: sampler, "fixed" or "paper"; see the module's text.
       context_scale: range of the context block's area as a share of N; its aspect is 1.
       target_scale: range of a target block's area as a share of N.
       target_aspect: range of a target block's height / width.
       num_targets: target blocks per image, M.
       min_keep: a context must have more tokens than this; in `paper` mode a target block too.
-      context_tokens: in `fixed` mode the context's length; 0 means N // 4, after the average of .25 N
+      context_tokens: in `fixed` mode the context's length; None means N // 4, after the average of .25 N
         that the paper reports. In `paper` mode a cap on top of the group's cut, which keeps static
-        shapes tight; 0 means none: the largest context that could occur.
+        shapes tight; None means none: the largest context that could occur.
       collate: images that share block sizes and a context length in `paper` mode, the released
         recipe's batch per GPU. The larger the group, the smaller its contexts.
 
@@ -75,7 +75,7 @@ class MaskSpec:
     target_aspect: Range = (0.75, 1.5)
     num_targets: int = 4
     min_keep: int = 10
-    context_tokens: int = 0
+    context_tokens: int | None = None
     collate: int = 128
 
     def __post_init__(self):
@@ -106,9 +106,9 @@ class MaskSpec:
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= top:
                 raise ValueError(f"{name} is {bounds}; give (low, high), 0 < low <= high <= {top}")
-        for name, low in dict(num_targets=1, collate=1, min_keep=0, context_tokens=0).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least {low}")
+        for name, low in dict(num_targets=1, collate=1, min_keep=0, context_tokens=1).items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name} is {value}; give at least {low}")
         (_validate_fixed if self.mode == "fixed" else _validate_paper)(self)
 
 
@@ -378,7 +378,7 @@ def _lerp(bounds: Range, u: Array) -> Array:
     return bounds[0] + u * (bounds[1] - bounds[0])
 
 
-def _fold(key: np.ndarray, data: np.ndarray | int) -> np.ndarray:
+def _fold(key: np.ndarray, data: np.ndarray | np.integer | int) -> np.ndarray:
     """A new key for each pair of key (uint64, an array) and data: one step of SplitMix64.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. Hashing

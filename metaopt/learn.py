@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ BIJECTORS = {
         Bijector("log", jnp.exp, lambda y, xp: xp.log(y), (0, _INF), (1e-12, 1e6)),
         # 1 - b2 changes by a factor, too. Nearer to 1, bias correction loses its digits in float32.
         Bijector("logit", jax.nn.sigmoid, lambda y, xp: xp.log(y / (1 - y)), (0, 1), (1e-3, 1 - 1e-5)),
-        # The paper's own forms (spec 1.3): a raw rate can turn negative, a squared one can get stuck at 0.
+        # The paper's own forms (docs/papers/gdtuo.md 1.3): a raw rate can turn negative, a squared one can get stuck at 0.
         Bijector("raw", lambda x: x, lambda y, xp: y, (-_INF, _INF), (-_INF, _INF)),
         Bijector("square", jnp.square, lambda y, xp: xp.sqrt(y), (0, _INF), (0, _INF)),
         Bijector("half_logit", lambda x: (jnp.tanh(x) + 1) / 2, lambda y, xp: xp.log(y / (1 - y)) / 2, (0, 1), (0, 1)),
@@ -163,13 +164,14 @@ def _number(init: Any) -> float:
             f"learn({getattr(init, '__name__', init)}): only a real number can be learned, not a function; "
             "learn(1.0, schedule=...) learns the factor in front of a schedule"
         )
-    if isinstance(init, jax.core.Tracer):
+    if isinstance(init, Tracer):
         raise TypeError(
             f"learn({init}): the initial value must be known when the optimizer is made, but it is traced here; "
             "make the optimizer outside jit, vmap and inject_hyperparams"
         )
-    kind = getattr(init, "dtype", np.dtype(type(init)) if isinstance(init, (int, float)) else None)
-    real = kind is not None and jnp.issubdtype(kind, jnp.number) and np.ndim(init) == 0
+    kind = np.dtype(type(init) if isinstance(init, (int, float)) else object)
+    kind = getattr(init, "dtype", kind)
+    real = jnp.issubdtype(kind, jnp.number) and np.ndim(init) == 0
     if isinstance(init, (bool, str)) or not real or jnp.issubdtype(kind, jnp.complexfloating):
         raise TypeError(
             f"learn({init!r}): only a real number can be learned, not {type(init).__name__}; leave other keywords "

@@ -1,4 +1,6 @@
-"""The paper's optimizers as configurations of `hyper`, equal to the released package (spec 1.3): raw rates, no guards.
+"""The paper's optimizers as configurations of `hyper`, equal to the released package (docs/papers/gdtuo.md 1.3).
+
+Learned values have the package's raw forms, and there are no guards:
 
   sgd(0.01, by=sgd(0.01))                    # the paper's SGD / SGD
   adam(1e-3, by=sgd_per_param({"learning_rate": 1e-5, "b1": 1e-4}))
@@ -12,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from optax import OptState, Params
 
 from metaopt.hyper import hyper
 from metaopt.learn import learn
@@ -104,8 +107,9 @@ def _adam(learning_rate: Any, b1: Any, b2: Any, eps: float) -> Tx:
     """optax.adam whose second moment starts at eps instead of 0, as the package's does."""
     tx = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
 
-    def init(params):
-        first, *rest = tx.init(params)
+    def init(params: Params) -> OptState:
+        state: Any = tx.init(params)
+        first, *rest = state
         nu = jax.tree.map(lambda v: jnp.full_like(v, eps), first.nu)
         return (first._replace(nu=nu), *rest)
 

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (source, seed, step), by grain (`specs/style.md` 3.7).
+"""Batches as a pure function of (source, seed, step), by grain.
 
 Row g of the endless stream holds record `shuffled(g)`, a new permutation for every epoch. Step t of
 a run with global batch B is rows t*B .. (t+1)*B - 1, of which a process reads those that its devices
