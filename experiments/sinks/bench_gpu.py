@@ -26,8 +26,8 @@ from experiments.shared.bench_gpu import (
     Contender,
     checked,
     compiled,
-    main,
     repeated,
+    run_part,
     torch_contender,
     torch_device,
 )
@@ -200,5 +200,7 @@ def cells(smoke: bool) -> list[Cell]:
     return found
 
 
+main = partial(run_part, "bench_gpu_sinks", cells)
+
 if __name__ == "__main__":
-    sys.exit(main("bench_gpu_sinks", cells))
+    sys.exit(main())
