@@ -130,18 +130,19 @@ def check(dtype: str, tolerance: float) -> Contender:
 def fast_tests() -> Contender:
     """The fast tests of sinks and metaopt on this device; which fail is said, and how many is in the row."""
     env = os.environ | {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
-    which = "not slow and not multiproc and not peers and not aot and not fuzz"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
+    options = [
         "-q",
+        "-n",
+        "8",
         "-p",
         "no:cacheprovider",
         "--noconftest",
+        "-W",
+        "default",
         "-m",
-        which,
-    ]
+    ]  # conftest asks for CPU devices
+    which = "not slow and not multiproc and not peers and not aot and not fuzz"
+    command = [sys.executable, "-m", "pytest", *options, which]
     root = Path(__file__).parents[2]
     done = subprocess.run([*command, "tests/sinks", "tests/metaopt"], env=env, cwd=root, capture_output=True, text=True,
                           timeout=150, check=False)  # fmt: skip
