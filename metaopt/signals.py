@@ -74,7 +74,7 @@ class Trace:
         """The memory with the term of update `count` (from 0).
 
         A derivative that is not finite makes the next signal so, which counts as zero, and is then forgotten: once added, it
-        would stay for ever.
+        would stay forever.
         """
 
         def add(z, t):
@@ -109,7 +109,7 @@ class Step(NamedTuple):
 
 
 class Mode(Protocol):
-    """How du/dh is had. `raw`, `count` are those of the update that the memory is about."""
+    """How du/dh is computed. `raw`, `count` are those of the update that the memory is about."""
 
     @property
     def reads_all(self) -> bool:

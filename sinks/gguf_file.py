@@ -144,7 +144,7 @@ class _Header:
         return str(self.take(*self.unpack("Q")), "utf-8", "replace")
 
     def name(self) -> str:
-        """Of a key or a tensor: short, and of printable ASCII characters."""
+        """The name of a key or a tensor: short, in printable ASCII characters."""
         name = self.string()
         if not (0 < len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable()):
             raise ValueError(

@@ -75,7 +75,7 @@ ROWS = [
 @job(only=("rows",))
 @leaves_when_told
 def run(run: Run) -> int:
-    """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
+    """Runs what has no row in `workdir`/results.jsonl yet, and prints the table next to the paper's."""
     values = run.values
     settings = build(TaskSettings, values["task"], "config.task.")
     spec = build(GridSpec, values["grid"], "config.grid.")

@@ -1,7 +1,7 @@
 """Job "sinks_pretrain": language models with and without a sink of their own, and what each streams like afterwards.
 
 The workdir gets a folder per variant (metrics.jsonl, curves.png, checkpoints/), pretrain.png, config.json, result.json, and
-table.md, laid out like the paper's Table 3. Interrupted, it continues where it stood.
+table.md, laid out like the paper's Table 3. After an interruption it continues where it was.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class EvaluateSettings:
         check_choices(sinks=self.sinks)
 
     def specs(self) -> dict[str, CacheSpec]:
-        """By their names in the paper's Table 3: "1+255"."""
+        """The caches, by their names in the paper's Table 3: "1+255"."""
         return {f"{s}+{self.cache_size - s}": CacheSpec(s, self.cache_size - s) for s in self.sinks}
 
 
