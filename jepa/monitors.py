@@ -148,9 +148,7 @@ def _report(tokens_BND, grid, prediction):
 
 
 def report(
-    tokens_BND: jax.Array,
-    grid: tuple[int, int],
-    prediction: tuple[jax.Array, ...] | None = None,
+    tokens_BND: jax.Array, grid: tuple[int, int], prediction: tuple[jax.Array, ...] | None = None
 ) -> dict[str, float]:
     """All monitors of one batch by name, for the log.
 

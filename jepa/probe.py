@@ -283,10 +283,7 @@ def linear_probe(
 
 
 def probe_all(
-    train: Features,
-    test: Features,
-    spec: ProbeSpec = ProbeSpec(),
-    progress: Progress | None = None,
+    train: Features, test: Features, spec: ProbeSpec = ProbeSpec(), progress: Progress | None = None
 ) -> dict[str, ProbeResult]:
     """Linear probes of every label set on the last layer and on the last four concatenated.
 

@@ -262,12 +262,7 @@ def _above(level: _Level, signals: Values, state: HyperState) -> _Above:
 
 
 def _advance(
-    level: _Level,
-    grads: Any,
-    above: _Above,
-    state: HyperState,
-    params: Any,
-    extra: dict,
+    level: _Level, grads: Any, above: _Above, state: HyperState, params: Any, extra: dict
 ) -> tuple[Any, HyperState]:
     """3. The base optimizer moves the parameters, with the new values."""
     rule, method, guards, count = level.rule, level.method, level.guards, state.updates

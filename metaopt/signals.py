@@ -24,16 +24,7 @@ from jax.flatten_util import ravel_pytree
 
 from metaopt.closed import decay_mask, find_form, off_one
 from metaopt.guards import parts_of
-from metaopt.rule import (
-    Rule,
-    Values,
-    named,
-    needs_params,
-    needs_value,
-    probe_tree,
-    real,
-    row,
-)
+from metaopt.rule import Rule, Values, named, needs_params, needs_value, probe_tree, real, row
 from metaopt.safe import safe_roots
 
 

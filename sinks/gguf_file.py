@@ -42,8 +42,7 @@ _TOP_THERE, _BLOCK_THERE = ({there: here for here, there in t.items()} for t in 
 # What the metadata may say. Most sizes may also be a list with a value for each block, which our models are not.
 _SIZE = Field(count())
 _POWER = Kind(
-    "a power of two from 8 to 65536",
-    lambda v: count(8, 65536).holds(v) and not v & (v - 1),
+    "a power of two from 8 to 65536", lambda v: count(8, 65536).holds(v) and not v & (v - 1)
 )
 _ALIGN = {"general.alignment": Field(_POWER, default=32)}
 _GENERAL = {

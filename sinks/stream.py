@@ -19,15 +19,7 @@ import numpy as np
 
 from sinks import models
 from sinks.attention import attend, make_plan
-from sinks.cache import (
-    MAX_LENGTH,
-    Cache,
-    CacheSpec,
-    Layer,
-    check_cache,
-    check_unused,
-    update,
-)
+from sinks.cache import MAX_LENGTH, Cache, CacheSpec, Layer, check_cache, check_unused, update
 from sinks.config import ModelConfig
 from sinks.models.layers import Rows
 from sinks.sampling import Sampling, sample

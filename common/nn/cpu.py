@@ -83,10 +83,7 @@ def compiler_options() -> dict[str, str] | None:
     loops take the widest vectors that the processor has."""
     if jax.default_backend() != "cpu":
         return None
-    return {
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-        "xla_cpu_prefer_vector_width": "512",
-    }
+    return {"xla_disable_hlo_passes": "cse_barrier_expander", "xla_cpu_prefer_vector_width": "512"}
 
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:

@@ -20,13 +20,7 @@ from matplotlib.figure import Figure
 
 from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
 from common.config import ConfigError, build, check_choices
-from common.data import (
-    LoaderSpec,
-    array_source,
-    fingerprint,
-    prefetch_to_device,
-    train_batches,
-)
+from common.data import LoaderSpec, array_source, fingerprint, prefetch_to_device, train_batches
 from common.distributed import EXIT_PREEMPTED, require_same
 from common.mesh import MeshSpec, make_mesh
 from common.optim import OptimSpec

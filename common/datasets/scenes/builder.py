@@ -28,13 +28,7 @@ import tensorflow_datasets as tfds
 from rich.progress import track
 
 from common.datasets.scenes.render import SIZE
-from common.datasets.scenes.sample import (
-    DISTANCE_EDGES,
-    MAX_OBJECTS,
-    MIN_OBJECTS,
-    SHAPES,
-    example,
-)
+from common.datasets.scenes.sample import DISTANCE_EDGES, MAX_OBJECTS, MIN_OBJECTS, SHAPES, example
 
 TEST_START = 1_000_000_000  # scenes from here on are the test world's
 REMEDY = 'Call prepare under `if __name__ == "__main__":`, or pass workers=1 to start no process.'

@@ -23,13 +23,7 @@ def get_config(arg: str = ""):
                 "length": 256,  # bytes of a sample
                 "held_out": 0.1,  # the last part of each text, for evaluation
             },
-            "model": {
-                "width": 192,
-                "depth": 6,
-                "heads": 6,
-                "mlp_dim": 768,
-                "rope_fraction": 0.25,
-            },
+            "model": {"width": 192, "depth": 6, "heads": 6, "mlp_dim": 768, "rope_fraction": 0.25},
             "optim": {
                 "lr": 1e-3,
                 "start_lr": 0.0,
