@@ -4,13 +4,14 @@ Each rule is one function of a single array: given what the optimizer holds now,
 the keywords that are learned. Only `Form.without_gradient` keywords can do without a copy of the last gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import Params
 
 from metaopt.rule import Rule, Values, real
 
@@ -67,7 +68,7 @@ def _adam(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
     t = jnp.maximum(leaf["t"], 1).astype(jnp.result_type(lr))
     # w = (1 - lr wd) w_prev - lr direction is solved for w_prev; `off_one` sees to it that it can be.
     left = 1 - lr * wd
-    if w is not None:
+    if decays is not None:  # there are parameters
         least = near_one(w.dtype) / 2
         left = jnp.where(jnp.abs(left) < least, jnp.copysign(least, left), left)
     grow = 1 / left
@@ -156,7 +157,7 @@ FORMS: dict[Any, Form] = {
 }  # fmt: skip
 
 
-def find_form(factory: Any, constants: H, learned: Any) -> tuple[Form, bool] | None:
+def find_form(factory: Any, constants: H, learned: Iterable[str]) -> tuple[Form, bool] | None:
     """(form, whether it needs the last gradient) of a factory called with these keywords; None if there is none."""
     form = FORMS.get(factory)
     if form is None or not set(learned) <= form.names:
@@ -172,7 +173,7 @@ def find_form(factory: Any, constants: H, learned: Any) -> tuple[Form, bool] | N
     return form, not set(learned) <= form.without_gradient
 
 
-def decay_mask(constants: H, params: Any) -> list[bool]:
+def decay_mask(constants: H, params: Params) -> list[bool]:
     """Which leaves weight decay applies to."""
     mask = constants.get("mask")
     if mask is None:
@@ -188,7 +189,7 @@ def near_one(dtype: Any) -> float:
     return float(jnp.finfo(real(dtype)).eps) ** 0.5
 
 
-def off_one(rule: Rule, raw: Values, count: jax.Array, params: Any) -> Values:
+def off_one(rule: Rule, raw: Values, count: jax.Array, params: Params | None) -> Values:
     """Raw values with rate times decay kept off 1, where AdamW's update would leave nothing of the weights to solve for.
 
     The update itself then takes the other value, so what is differentiated is what was done; the rate (or the decay, if only

@@ -203,7 +203,9 @@ class Conversation:
         path = _path(folder)
         meta = _meta(path)
         if meta.get("chat") != FORMAT:
-            raise ValueError(f"{path} is no folder that /save of this version made")
+            raise ValueError(
+                f"{path} was saved by another version: go on there, or begin a new stream with /new"
+            )
         config = self.model.config
         if meta["model"] != _model(self.model) or meta["spec"] != asdict(self.spec):
             flags = _flags(meta)

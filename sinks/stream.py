@@ -124,7 +124,9 @@ def unembed(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     return models.family(config).unembed(config, params, x_BTD)
 
 
-def _run_blocks(config: ModelConfig, params: Params, spec: CacheSpec, plan, cache, x_BTD):
+def _run_blocks(
+    config: ModelConfig, params: Params, spec: CacheSpec, plan, cache, x_BTD
+) -> tuple[jax.Array, Any]:
     block = models.family(config).block
 
     def one_block(x_BTD, p_and_layer):

@@ -61,7 +61,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
 # Quaint words, and the plain ones: again, from where, so that ... not, forever, on the way, computed or read, of that
 # time, next to or with.
 BANNED = re.compile(
-    r"\b(anew|whence|lest|for ever|in passing|(is|are|was|were|be) had|of then|thereof|wherein|whereof|withal|hence|"
+    r"\b(anew|whence|lest|forever|in passing|(is|are|was|were|be) had|of then|thereof|wherein|whereof|withal|hence|"
     r"amid|upon|beside|gone on from)\b",
     re.IGNORECASE,
 )

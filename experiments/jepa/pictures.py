@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 from common.data import Source, subset
 from common.writers import read_metrics
@@ -37,7 +38,7 @@ def report_picture(
       workdir: holds seed*/metrics.jsonl.
     """
     figure = plt.figure(figsize=(12, 7.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.15)).flat
     _masked_images(top, settings, source)
     left, right = bottom.subplots(1, 2, width_ratios=(1.35, 1))
     _bars(left, accuracy, majority)
@@ -87,7 +88,7 @@ def _with_masks(image: np.ndarray, masks: Masks, i: int, patch: int) -> np.ndarr
         edge = np.zeros_like(block)
         edge[:width], edge[-width:], edge[:, :width], edge[:, -width:] = True, True, True, True
         border = block & (~inner | edge)
-        shown[border] = matplotlib.colors.to_rgb(color)
+        shown[border] = to_rgb(color)
     return shown
 
 

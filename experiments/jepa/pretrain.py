@@ -27,13 +27,13 @@ from common.data import (
     prefetch_to_device,
     train_batches,
 )
-from common.distributed import EXIT_PREEMPTED, Signalled, require_same, stopped_by_signals
+from common.distributed import Signalled, require_same, stopped_by_signals
 from common.evaluation import EvaluationFailed, describe
 from common.mesh import auto_mesh, make_mesh
 from common.plots import draw_curves
 from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
-from common.train_loop import NonFiniteLoss, Preempted, train
+from common.train_loop import Preempted, train
 from common.train_step import AS_IT_IS, Prepare
 from common.writers import make_writer, read_metrics
 from experiments.jepa.data import Sets, check_sets, open_sets
@@ -94,12 +94,6 @@ def run(run: Run) -> int:
                 evaluate_again=run.resume == "changed",
                 prepare=prepare,
             )
-    except Preempted as stop:
-        log.warning("%s; start the same command again to continue", stop)
-        return EXIT_PREEMPTED
-    except (NonFiniteLoss, EvaluationFailed) as error:
-        log.error("error: %s", error)
-        return 1
     finally:
         draw_curves(workdir)
 
@@ -195,18 +189,16 @@ def _finish(
         try:
             with stopped_by_signals():
                 metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
-        except Signalled:
-            log.warning(
-                "stopped by a signal; the trained state is saved; start the same command again to probe it"
-            )
-            return EXIT_PREEMPTED
+        except Signalled as stop:
+            raise Preempted(
+                "stopped by a signal in the probes; the trained state is saved"
+            ) from stop
         except Exception as error:  # any: the training before it must not look lost
             why = describe(error, "linear probes", run.workdir)
-            log.error(
-                "error: the linear probes failed: %s; the trained state is saved: fix that and start the same command "
-                "again, which repeats only this", why,
-            )  # fmt: skip
-            return 1
+            raise EvaluationFailed(
+                f"the linear probes failed: {why}; the trained state is saved: fix that and start the same command again, "
+                "which repeats only this"
+            ) from error
         seconds = {**seconds, "probe": time.perf_counter() - probing}
     row = run.row(
         metrics, seeds=[settings.train.seed], steps=settings.train.steps,

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from common.checkpoint import Checkpointer
 from common.config import check_choices
-from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.distributed import PreemptionGuard
 from common.progress import draws_bars
 from common.results import ResultRow
 from common.train_loop import Preempted
@@ -31,7 +31,6 @@ from common.writers import JsonlWriter
 from metaopt import learned
 
 log = logging.getLogger("triptych")
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,13 @@ class Method:
 
 @dataclass(frozen=True)
 class GridSpec:
-    """epochs, batch: of every run.  rates: initial.  seeds: of parameters and data order.  save_every: in epochs."""
+    """Which runs there are, and how long they are.
+
+    Attributes:
+      epochs: passes of every run over the training data, at most.  batch: examples of an update.
+      rates: initial learning rates.  seeds: seeds of parameters and data order.
+      save_every: epochs between checkpoints.
+    """
 
     epochs: int
     batch: int
@@ -118,7 +123,7 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
     """Trains every (seed, rate) and returns the cells in that order; rows per epoch go to `workdir`/metrics.jsonl.
 
     Raises:
-      Preempted: after SIGTERM, at the end of the epoch; the state is saved. See `leaves_when_told`.
+      Preempted: after SIGTERM, at the end of the epoch; the state is saved.
     """
     grid = _Grid(task, method, spec)
     measure = jax.jit(grid.measure)
@@ -244,20 +249,6 @@ def _save(saver: Checkpointer, epoch: int, tree: Any, name: str, *, leave: bool)
     saver.save(epoch, tree, {"epoch": epoch}, wait=leave)
     if leave:
         raise Preempted(f"{name}: stopped by a signal after epoch {epoch}; the state is saved")
-
-
-def leaves_when_told(run: Callable[P, int]) -> Callable[P, int]:
-    """Makes a function that runs grids and returns an exit code return EXIT_PREEMPTED, with a line, after a signal."""
-
-    @wraps(run)
-    def told(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return run(*args, **kwargs)
-        except Preempted as stop:
-            log.warning("%s; start the same command again to continue", stop)
-            return EXIT_PREEMPTED
-
-    return told
 
 
 def _side_by_side(function: Callable, *stacked: Any) -> Any:

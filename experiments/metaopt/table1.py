@@ -10,7 +10,7 @@ from rich.table import Table
 
 from common.config import ConfigError, build, check_choices
 from common.results import append_row, read_rows
-from experiments.metaopt.grid import GridSpec, Method, Task, leaves_when_told, run_grid, summary
+from experiments.metaopt.grid import GridSpec, Method, Task, run_grid, summary
 from experiments.metaopt.grid_job import TaskSettings, check_batch, open_task, wide_console
 from experiments.shared.published import published
 from experiments.shared.run import Run, job
@@ -72,24 +72,36 @@ ROWS = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting of the job.
+
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      rows: names of rows of the table; None takes all.
+    """
+
+    job: str = "metaopt_table1"
+    name: str = "mnist_table1"
+    task: TaskSettings
+    grid: GridSpec
+    rows: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        known = [row.name for row in ROWS]
+        check_choices(rows=known if self.rows is None else self.rows)
+        if unknown := [name for name in self.rows or () if name not in known]:
+            raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
+
+
 @job(only=("rows",))
-@leaves_when_told
 def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table next to the paper's."""
-    values = run.values
-    settings = build(TaskSettings, values["task"], "config.task.")
-    spec = build(GridSpec, values["grid"], "config.grid.")
-    task = open_task(settings)
+    settings = build(Settings, run.values)
+    task, spec = open_task(settings.task), settings.grid
     check_batch(task, spec)
     known = {row.name: row for row in ROWS}
-    if unknown := [name for name in values["rows"] if name not in known]:
-        raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
-    if values["rows"]:  # none: all
-        try:
-            check_choices(rows=values["rows"])
-        except ValueError as error:
-            raise ConfigError(f"config: {error}") from error
-    chosen = [known[name] for name in values["rows"]] or ROWS
+    chosen = ROWS if settings.rows is None else [known[name] for name in settings.rows]
     run.begin(0)
     for row in chosen:
         learned = _train(task, row.name, row.make, row, spec, run)
@@ -105,34 +117,26 @@ def _train(
     task: Task, name: str, make: Make, row: Row, spec: GridSpec, run: Run
 ) -> dict[str, float]:
     """Trains one line over the seeds unless it is done; returns the mean learned values of its lowest level."""
-    path = run.workdir / "results.jsonl"
-    rows = {r.overrides["row"]: r for r in read_rows(path)}
-    if name in rows and not run.owns(rows[name], part=True):
-        raise ConfigError(
-            f"{path} has the row of {name} from another config: take another --workdir"
-        )
-    done = {known: r.metrics for known, r in rows.items()}
-    if name not in done:
+    if done := run.rows({"row": name}):
+        metrics = done[0].metrics
+    else:
         epochs = min(row.epochs, spec.epochs)
         own = GridSpec(epochs, spec.batch, (1.0,), spec.seeds, spec.save_every)
         folder = name.replace("/", "-").replace(" ", "")
         with run.part(folder) as clock:
             cells = run_grid(task, Method(name, lambda rate: make()), own, run.workdir / folder)
         metrics = summary(cells)
-        append_row(
-            path,
-            run.row(
-                metrics,
-                part={"row": name},
-                seeds=spec.seeds,
-                steps=epochs * task.steps(spec.batch),
-                wall_seconds=clock.seconds,
-            ),
+        result = run.row(
+            metrics,
+            part={"row": name},
+            seeds=spec.seeds,
+            steps=epochs * task.steps(spec.batch),
+            wall_seconds=clock.seconds,
         )
-        done[name] = metrics
+        append_row(run.workdir / "results.jsonl", result)
         log.info("%s: %.2f %%", name, 100 * metrics["error"])
     prefix = "learned/"
-    return {k.removeprefix(prefix): v for k, v in done[name].items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
 def _show(rows: list[Row], workdir: Path) -> None:

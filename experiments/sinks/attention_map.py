@@ -32,17 +32,27 @@ SHOWN, TILE = 40, 24  # tokens of a map in attention.png, and in heads.png
 
 @dataclass(frozen=True)
 class Settings:
-    """See experiments/sinks/configs/attention_map.py."""
+    """What is looked at.
 
-    job: str
-    name: str
-    model: str
-    text: str
-    texts: int
-    tokens: int
-    bos: bool
-    sinks: int
-    recent: int
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      text: "embedded", "python-topics", a file, or a folder of .txt files.
+      texts: stretches of text, taken at even distances from all of it.  tokens: tokens of each.
+      bos: whether each begins with the model's first token.
+      sinks: number of sinks S of the stream.
+      recent: number of recent tokens R of the stream; None takes all, which is dense attention.
+    """
+
+    job: str = "sinks_attention_map"
+    name: str = "attention_map"
+    model: str = "smollm2-135m"
+    text: str = "embedded"
+    texts: int = 16
+    tokens: int = 128
+    bos: bool = False
+    sinks: int = 0
+    recent: int | None = None
 
     def __post_init__(self):
         if self.texts < 1 or self.tokens < max(8, self.sinks + 2):
@@ -53,7 +63,7 @@ class Settings:
 
     @property
     def spec(self) -> CacheSpec:
-        return CacheSpec(self.sinks, self.recent or self.tokens)
+        return CacheSpec(self.sinks, self.tokens if self.recent is None else self.recent)
 
 
 @job()
@@ -125,7 +135,7 @@ def draw_maps(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
     L = len(share_LH)
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2.6)).flat
     ax = left.subplots()
     image = ax.imshow(100 * share_LH, aspect="auto", cmap="magma", vmin=0, vmax=100)
     ax.set(xlabel="head", ylabel="layer", title="attention on the first token (%)")
@@ -159,8 +169,8 @@ def draw_heads(maps: Maps, path: Path) -> None:
     )
     ax = figure.subplots()
     ax.imshow(sheet, cmap="magma", norm=LogNorm(FAINTEST, 1), interpolation="nearest")
-    ax.set_xticks(np.arange(H) * (n + 2) + n / 2, range(H), fontsize=6)
-    ax.set_yticks(np.arange(L) * (n + 2) + n / 2, range(L), fontsize=6)
+    ax.set_xticks(np.arange(H) * (n + 2) + n / 2, [*map(str, range(H))], fontsize=6)
+    ax.set_yticks(np.arange(L) * (n + 2) + n / 2, [*map(str, range(L))], fontsize=6)
     ax.set(xlabel="head", ylabel="layer")
     ax.set_facecolor("0.6")  # the gaps
     ax.spines[:].set_visible(False)

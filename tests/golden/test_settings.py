@@ -13,8 +13,7 @@ import pytest
 
 from common.config import build
 from experiments.jepa.settings import resolve
-from experiments.metaopt import grid_job
-from experiments.metaopt.grid import GridSpec
+from experiments.metaopt import grid_job, table1
 from experiments.shared.run import hash_of
 from experiments.sinks import attention_map, perplexity, pretrain, speed, tasks
 from jepa.recipe import AddMasks
@@ -68,15 +67,9 @@ def resolved(job: str, values: dict[str, Any]) -> dict[str, Any]:
         return {p: getattr(s, p) for p in parts} | {p: getattr(s.recipe, p) for p in of_recipe} | {
             "crop": s.evaluation_crop, "probing": s.probe.spec(s.train.seed), "saved with the stream of data": stream
         }  # fmt: skip
-    if job == "metaopt_grid":
-        methods, grid, task = grid_job.resolve(values)
-        names = [method.name for method in methods]
-        return {"name": values["name"], "task": task, "grid": grid, "methods": names}
-    if job == "metaopt_table1":
-        task = build(grid_job.TaskSettings, values["task"])
-        return {
-            "name": values["name"], "task": task, "grid": build(GridSpec, values["grid"]), "rows": values["rows"]
-        }  # fmt: skip
+    if job.startswith("metaopt"):
+        s = build(grid_job.Settings if job == "metaopt_grid" else table1.Settings, values)
+        return {f.name: getattr(s, f.name) for f in fields(s)}
     if job == "sinks_pretrain":
         s = build(pretrain.Settings, values)
         models = {name: s.recipe(name).model for name in s.variants}

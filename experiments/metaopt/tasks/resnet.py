@@ -46,7 +46,7 @@ def convolve_by_product(
     one, a step of a ResNet-8 takes 17 s, not 0.5.
     """
     h, w, C, D = w_hwCD.shape
-    B, *size, _ = x_BHWC.shape
+    B, *size = x_BHWC.shape[:3]
     pads = jax.lax.padtype_to_pads(size, (h, w), strides, padding)
     x_BHWC = jnp.pad(x_BHWC, ((0, 0), *pads, (0, 0)))
     H, W = ((n - k) // s + 1 for n, k, s in zip(x_BHWC.shape[1:3], (h, w), strides, strict=True))
@@ -58,7 +58,7 @@ def convolve_by_product(
     x_NK = jnp.concatenate(columns, -1).reshape(-1, w * C)
     # One product for all rows of the kernel, whose results are shifted and added: they are fewer than the operands.
     y_BHWhD = (x_NK @ jnp.moveaxis(w_hwCD, 0, 2).reshape(w * C, h * D)).reshape(B, -1, W, h, D)
-    return sum(y_BHWhD[:, every(i, H, strides[0]), :, i] for i in range(h))
+    return jnp.asarray(sum(y_BHWhD[:, every(i, H, strides[0]), :, i] for i in range(h)))
 
 
 class ConvNorm(nnx.Module):
@@ -130,7 +130,7 @@ class ResNet(nnx.Module):
 def resnet_task(
     name: str,
     data_dir: str | None = None,
-    width: int = 16,
+    hidden: int = 16,
     depth: int = 20,
     examples: int | None = None,
     calibration: tuple[int, int] = (16, 128),
@@ -145,7 +145,7 @@ def resnet_task(
     x, y = read_images(name, "train", data_dir, examples)
     x_test, y_test = map(jnp.asarray, read_images(name, "test", data_dir, examples))
     mean_C, std_C = (jnp.asarray(f(x / np.float32(255), (0, 1, 2))) for f in (np.mean, np.std))
-    net = define(lambda rngs: ResNet(depth, width, x.shape[-1], int(y.max()) + 1, rngs))
+    net = define(lambda rngs: ResNet(depth, hidden, x.shape[-1], int(y.max()) + 1, rngs))
     batches, size = calibration
     size = min(size, len(x))
     batches = min(batches, len(x) // size)

@@ -127,7 +127,9 @@ def test_what_is_finished_is_not_reported_under_another_config(tmp_path, capsys)
 
     # a workdir of an older version, whose config.json was overwritten by a second run
     (tmp_path / "run" / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ConfigError, match=r"sinks_2\+14 holds a result of another config"):
+    with pytest.raises(
+        ConfigError, match=r"sinks_2\+14/results.jsonl has rows of a part from another config"
+    ):
         sinks_perplexity.run(Run(other, tmp_path / "run"))
 
 
