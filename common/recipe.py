@@ -20,7 +20,7 @@ class Recipe(Protocol):
         ...
 
     def init_extra(self, params: Any) -> dict:
-        """State beside the parameters, such as an EMA target. {} for none."""
+        """Other state than the parameters, such as an EMA target. {} for none."""
         ...
 
     def optimizer(self) -> optax.GradientTransformation:

@@ -231,7 +231,7 @@ class Loop:
         if self.spec.profile_steps:
             begin = self.spec.profile_start
             self.profile = ProfileWindow(self.workdir, begin, begin + self.spec.profile_steps)
-        # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other for ever.
+        # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other forever.
         one_by_one = jax.default_backend() == "cpu" and self.mesh.size > 1
         self.most_in_flight = 0 if one_by_one else 2
         self.plain = auto_mesh(self.mesh)  # for evaluations
@@ -311,7 +311,7 @@ class Loop:
             self.profile(step, metrics)
 
     def settle(self, step: int) -> None:
-        """Before the state is used: the rows so far, and the certainty that it did take every step."""
+        """Writes the rows so far and checks that the state took every step: called before the state is used."""
         self.write_previous()
         if int(self.state.step) != step:
             self._stop_at_non_finite()
@@ -336,7 +336,7 @@ class Loop:
         self.ledger.charge("save")
 
     def leave_if_told(self, step: int) -> None:
-        """After a signal: saves and raises Preempted."""
+        """Saves and raises Preempted if a signal came."""
         if self.guard.reached(step):
             self.save(step, wait=True)
             raise Preempted(f"stopped by a signal at step {step}; the state is saved")
@@ -351,7 +351,7 @@ class Loop:
         self.leave_if_told(last)
         if failed := self.evaluate(last):
             raise EvaluationFailed(
-                f"evaluation {failed}; the trained state is saved: mend that and start the same command again, "
+                f"evaluation {failed}; the trained state is saved: fix that and start the same command again, "
                 "which repeats only this"
             )
         self.leave_if_told(last)

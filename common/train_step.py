@@ -20,7 +20,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
 
     `expected` is the step the caller believes it is at. Once a loss or gradient is not finite the state stops moving,
     its step included; later calls then find `state.step != expected`, change nothing either, and report a NaN
-    `grad_norm`. So whatever the host has already dispatched, the last good state survives, and the host notices
+    `grad_norm`. So the last good state survives all that the host has already dispatched, and the host notices
     however rarely it looks.
 
     Args:

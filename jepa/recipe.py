@@ -104,7 +104,7 @@ class IJepa:
         return linear(self.ema.start, self.ema.final, int(self.optim.schedule_scale * self.steps))
 
     def update_extra(self, extra: dict, params: dict, step: jax.Array) -> dict:
-        """After the optimizer: target <- m target + (1 - m) encoder."""
+        """The EMA, after the optimizer: target <- m target + (1 - m) encoder."""
         m = self.momentum(step)
         target = jax.tree.map(lambda t, p: m * t + (1 - m) * p, extra["target"], params["encoder"])
         return {"target": target}

@@ -112,8 +112,6 @@ def variant(name: str, model: ModelConfig, **recipe: Any) -> LanguageModel:
         raise ValueError(f"variant {name!r}: known are {', '.join(SINK_TOKENS)}")
     count = SINK_TOKENS[name]
     model = replace(
-        model,
-        vocab_size=model.vocab_size + count,
-        sink_logits=SINK_LOGITS.get(name, "none"),
+        model, vocab_size=model.vocab_size + count, sink_logits=SINK_LOGITS.get(name, "none")
     )
     return LanguageModel(model, sink_tokens=count, **recipe)

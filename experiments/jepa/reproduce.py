@@ -1,7 +1,7 @@
 """I-JEPA on rendered scenes, from nothing to probe: the longest part of `make reproduce`.
 
 Renders the scenes (once), pretrains on them, and probes the result next to an untrained encoder and raw pixels. Prints the
-table, draws report.png, and appends rows to seed*/results.jsonl. Interrupted, it continues where it stood.
+table, draws report.png, and appends rows to seed*/results.jsonl. After an interruption it continues where it was.
 """
 
 import json

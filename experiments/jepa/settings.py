@@ -35,7 +35,7 @@ class DataSettings:
       probe_split: images that probes and kNN learn from; None takes `split`.
       held_out: share set aside as the test set, of a folder that has none.
       data_dir: folder of TFDS data sets; None takes TFDS_DATA_DIR.
-      examples: training images, where the set is not at hand (preflight).
+      examples: training images, for a run without the set (preflight).
       crop_scale: range of a training crop's share of the image's area.
       crop_ratio: range of a training crop's width / height.
       flip: whether half of the training images are mirrored.
@@ -193,7 +193,7 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class WriterSettings:
-    """Where the rows of metrics go beside metrics.jsonl.
+    """Where the rows of metrics go besides metrics.jsonl.
 
     Attributes:
       tensorboard: whether to write for TensorBoard.  wandb: whether to write to Weights & Biases.

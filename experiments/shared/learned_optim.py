@@ -11,7 +11,7 @@ from metaopt import learn
 
 
 def _make(spec: OptimSpec, steps: int, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    """`metaopt.auto` from the specification's peak rate and first weight decay; no schedule, whatever `steps`."""
+    """`metaopt.auto` from the specification's peak rate and first weight decay; no schedule, `steps` is not used."""
     del steps
 
     def factory(learning_rate: Any, weight_decay: Any = spec.weight_decay):
@@ -33,7 +33,7 @@ def _make(spec: OptimSpec, steps: int, mask: Mask) -> optax.GradientTransformati
 
 
 def _learned(opt_state: Any) -> dict[str, jax.Array]:
-    """Under the names that the schedules have in the log."""
+    """What is learned, under the names that the schedules have in the log."""
     values = metaopt.learned(opt_state)
     return {
         name: values[keyword]

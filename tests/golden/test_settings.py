@@ -1,6 +1,6 @@
 """What every config resolves to, for each of its arguments, is what tests/golden/settings.json says.
 
-After a change that is meant: `python -m tests.golden.test_settings` writes the file anew; read its diff.
+After a change that is meant: `python -m tests.golden.test_settings` writes the file again; read its diff.
 """
 
 import importlib
