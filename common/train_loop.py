@@ -197,10 +197,9 @@ def train(
         ledger.charge("step")
         if not all(map(math.isfinite, values.values())):
             _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
-        row = values | recipe.schedules(step)
         if seconds:
-            row |= {"images_per_second": spec.batch / seconds}
-        writer.write(step + 1, row)
+            values |= {"images_per_second": spec.batch / seconds}
+        writer.write(step + 1, values)
 
     def settle(step: int) -> None:
         """Before the state is used: the rows so far, and the certainty that it did take every step."""

@@ -61,11 +61,10 @@ def resolved(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """The objects that a job works with."""
     if job == "jepa_pretrain":
         s = resolve(values)
-        parts = "name", "data", "train", "mesh", "probe", "checkpoint", "writers"
-        of_recipe = "model", "masks", "objective", "ema", "policy", "optim"
         stream = repr(s.augmentation), repr(AddMasks(s.recipe.masks, s.train.seed))
-        return {p: getattr(s, p) for p in parts} | {p: getattr(s.recipe, p) for p in of_recipe} | {
-            "crop": s.evaluation_crop, "probing": s.probe.spec(s.train.seed), "saved with the stream of data": stream
+        return {f.name: getattr(s, f.name) for f in fields(s)} | {
+            "model": s.recipe.model, "crop": s.evaluation_crop, "probing": s.probe.spec(s.train.seed),
+            "saved with the stream of data": stream,
         }  # fmt: skip
     if job.startswith("metaopt"):
         s = build(grid_job.Settings if job == "metaopt_grid" else table1.Settings, values)
