@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from common.schedules import cosine, warmup_cosine
+from common.schedules import Schedule, cosine, warmup_cosine
 from common.sharding import path_name
 
 Mask = Callable[[Any], Any]  # parameters -> a tree of bools, of the same structure
@@ -52,7 +52,7 @@ class OptimSpec:
         if self.schedule_scale < 1:
             raise ValueError(f"optim.schedule_scale={self.schedule_scale} must be at least 1")
 
-    def lr_schedule(self, steps: int) -> optax.Schedule:
+    def lr_schedule(self, steps: int) -> Schedule:
         """The learning rate over a run of `steps` updates."""
         total = int(self.schedule_scale * steps)
         if self.warmup > total:
@@ -61,7 +61,7 @@ class OptimSpec:
             )
         return warmup_cosine(self.start_lr, self.lr, self.final_lr, self.warmup, total)
 
-    def weight_decay_schedule(self, steps: int) -> optax.Schedule:
+    def weight_decay_schedule(self, steps: int) -> Schedule:
         """The weight decay over a run of `steps` updates."""
         return cosine(self.weight_decay, self.final_weight_decay, int(self.schedule_scale * steps))
 

@@ -104,9 +104,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
         raise ConfigError(str(error)) from error
     state = abstract_with_shardings(abstract, sharding)
     shapes = recipe.batch_shapes(settings.train.batch)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), shapes
-    )
+    batch = abstract_with_shardings(shapes, jax.tree.map(lambda _: batch_sharding(mesh), shapes))
     step = make_train_step(recipe, settings.train.accumulate)
     expected = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     began = time.perf_counter()
@@ -119,7 +117,6 @@ def check(config: dict[str, Any], topology: str) -> Report:
         flops = traced_flops(step, state, batch, expected)
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    peak = PEAK_FLOPS[KINDS[chip]]
     return Report(
         config=settings.name,
         topology=topology,
@@ -130,7 +127,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
         temp_gib=(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**30,
         hbm_gib=HBM_GIB[chip],
         flops=flops,
-        seconds_at_peak=flops / (peak * len(devices)),
+        seconds_at_peak=flops / (PEAK_FLOPS[KINDS[chip]] * len(devices)),
         collectives=count_collectives(compiled.as_text()),
         compile_seconds=seconds,
         config_hash=config_hash(as_before(config)),

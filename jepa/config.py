@@ -78,6 +78,6 @@ def vit(size: str, *, image: int | tuple[int, int], patch: int, **overrides) -> 
     if size not in SIZES:
         raise ValueError(f"model size {size!r} is unknown; known sizes: {', '.join(SIZES)}")
     width, depth, heads, hidden, p_width, p_depth = SIZES[size]
-    image = (image, image) if isinstance(image, int) else tuple(image)
-    config = ViTConfig(image, patch, width, depth, heads, hidden, p_width, p_depth)
+    high, wide = (image, image) if isinstance(image, int) else image
+    config = ViTConfig((high, wide), patch, width, depth, heads, hidden, p_width, p_depth)
     return replace(config, **overrides)

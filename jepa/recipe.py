@@ -13,7 +13,7 @@ from common.metrics import Metrics
 from common.nn.layers import LOGICAL_AXES
 from common.nn.policy import Policy
 from common.optim import Log
-from common.schedules import linear
+from common.schedules import Schedule, linear
 from common.sharding import logical_axes
 from jepa.config import ViTConfig
 from jepa.encoder import Encoder
@@ -47,7 +47,7 @@ class EmaSpec:
                 f"ema needs 0 <= start <= final <= 1, got {self.start} and {self.final}"
             )
 
-    def schedule(self, steps: int) -> optax.Schedule:
+    def schedule(self, steps: int) -> Schedule:
         """The momentum over `steps` updates."""
         return linear(self.start, self.final, steps)
 
@@ -66,7 +66,7 @@ class IJepa:
     model: ViTConfig
     masks: MaskSpec
     tx: optax.GradientTransformation
-    momentum: optax.Schedule
+    momentum: Schedule
     objective: ObjectiveSpec = ObjectiveSpec()
     policy: Policy = Policy()
     log_tx: Log = lambda opt_state, step: {}

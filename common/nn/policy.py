@@ -53,7 +53,7 @@ class Policy:
 
     def dense(self, x: jax.Array, w_DF: jax.Array, b_F: jax.Array | None = None) -> jax.Array:
         """x [..., D] times w [D, F], plus b [F] if given, in float32 [..., F]."""
-        y_NF = _dense(self.compute, x.reshape(-1, x.shape[-1]), w_DF, b_F)
+        y_NF: jax.Array = _dense(self.compute, x.reshape(-1, x.shape[-1]), w_DF, b_F)
         return y_NF.reshape(*x.shape[:-1], w_DF.shape[-1])
 
     def dense_parts(

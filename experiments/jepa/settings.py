@@ -18,6 +18,7 @@ from common.train_loop import TrainSpec
 from experiments.shared.learned_optim import optimizer
 from experiments.shared.settings import without
 from jepa.config import ViTConfig, vit
+from jepa.device_batch import DeviceBatch
 from jepa.masks import MaskSpec
 from jepa.objective import ObjectiveSpec
 from jepa.probe import ProbeSpec
@@ -40,6 +41,7 @@ class DataSettings:
       flip: whether half of the training images are mirrored.
       eval_resize: short side before the centre crop of evaluations, in pixels; None takes the model's image size.
       workers: processes that prepare batches; 0 is a thread of the main one.
+      on_device: whether all images lie on the device, where crops and masks are made inside the step.
       skip_bad: whether to go on without images that cannot be read; they are counted.
     """
 
@@ -55,6 +57,7 @@ class DataSettings:
     flip: bool = RandomResizedCrop.flip
     eval_resize: int | None = None
     workers: int = 0
+    on_device: bool = False
     skip_bad: bool = False
 
     def __post_init__(self):
@@ -244,6 +247,13 @@ class Settings:
             ratio=self.data.crop_ratio,
             flip=self.data.flip,
         )
+
+    @property
+    def device_batch(self) -> DeviceBatch | None:
+        """What makes batches inside the train step, where the images lie on the device."""
+        if not self.data.on_device:
+            return None
+        return DeviceBatch(self.augmentation, self.recipe.masks, self.train.seed)
 
     @property
     def evaluation_crop(self) -> CenterCrop:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -91,7 +90,6 @@ def _figure(
     rows: int, columns: int, width: float = 3.2, height: float = 2.1
 ) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)

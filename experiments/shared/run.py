@@ -35,7 +35,9 @@ FREE = (
     "job",  # a run and its baselines share a workdir; each row names its own job
     "mesh",
     "train.accumulate",
+    "train.steps_per_dispatch",
     "data.workers",
+    "data.on_device",  # the same records; crops and masks are other draws, which no checkpoint mixes (its fingerprint)
     "data.skip_bad",  # batches are the same up to the first damaged image, and the row counts what was skipped
     "data.data_dir",
     "task.data_dir",

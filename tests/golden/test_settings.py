@@ -38,7 +38,7 @@ CONFIGS = {  # the arguments of each config, one at a time and the pairs that sa
     "sinks.pretrain": ("smoke",),
     "sinks.qa_stream": ("smoke", "model=x"),
     "sinks.speed": ("smoke", "model=x"),
-    "sinks.streameval": ("smoke", "model=x"),
+    "sinks.streameval": ("smoke", "model=x", "keys=lines"),
     "metaopt.charrnn": ("smoke", "epochs=2", "seeds=2"),
     "metaopt.cifar10_resnet20": ("smoke", "small", "epochs=2", "seeds=2", "small,smoke,epochs=3"),
     "metaopt.gpt": ("smoke", "epochs=2", "seeds=2"),
