@@ -52,9 +52,11 @@ class DamagedError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """What stays: the newest `keep`, and the multiples of `every_steps` for ever (0: none).
+    """What stays.
 
-    With keep=2, a damaged newest checkpoint costs one save interval and not the run.
+    Attributes:
+      keep: the newest checkpoints that stay. With 2, a damaged newest one costs one save interval and not the run.
+      every_steps: the steps whose multiples stay for good; 0 for none.
     """
 
     keep: int = 2
@@ -84,7 +86,7 @@ class Checkpointer:
         self._orbax = ocp.training.Checkpointer(
             self._directory,
             context=context,
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]  # orbax annotates one class in two ways
             cleanup_tmp_directories=True,
         )
         self._current: int | None = None  # the step last saved or restored
@@ -164,10 +166,6 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         return _steps(self._directory)
-
-    def latest(self) -> int | None:
-        """The newest complete step."""
-        return max(self.steps(), default=None)
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises what went wrong with it."""

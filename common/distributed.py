@@ -68,7 +68,7 @@ def initialize(
 
 def _on_tpu_vm() -> bool:
     # jax's import sets this variable where it finds TPU chips and libtpu; nothing public says so.
-    platforms = jax.config.jax_platforms or "tpu"
+    platforms = jax.config.jax_platforms or "tpu"  # pyright: ignore[reportAttributeAccessIssue]  # set at run time
     return os.environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in platforms
 
 

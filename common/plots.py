@@ -10,8 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common.full_disk import is_full
@@ -53,11 +53,8 @@ def curves(
     n = max(1, len(panels))
     n_columns = min(n, 2 if n == 4 else 3)
     n_rows = math.ceil(n / n_columns)
-    figure = Figure(
-        figsize=(n_columns * PANEL_INCHES[0], n_rows * PANEL_INCHES[1]), layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    FigureCanvasAgg(figure)
+    size = n_columns * PANEL_INCHES[0], n_rows * PANEL_INCHES[1]
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
     last_step = max((row["step"] for row in rows), default=0)
     for ax, (title, series) in zip(all_axes, panels.items()):

@@ -3,13 +3,16 @@
 Each is an optax schedule: it takes an int32 array or a Python int and returns a float32 scalar.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
-import optax
+from jax.typing import ArrayLike
+
+Schedule = Callable[[ArrayLike], jax.Array]  # an optax.Schedule
 
 
-def warmup_cosine(
-    start: float, peak: float, final: float, warmup: int, total: int
-) -> optax.Schedule:
+def warmup_cosine(start: float, peak: float, final: float, warmup: int, total: int) -> Schedule:
     """Linear from `start` to `peak` over `warmup` steps, then cosine to `final` at `total`.
 
     As in the released code the count is raised before it is read: the first update runs at 1/warmup of the ramp, the
@@ -28,7 +31,7 @@ def warmup_cosine(
     return schedule
 
 
-def cosine(start: float, final: float, total: int) -> optax.Schedule:
+def cosine(start: float, final: float, total: int) -> Schedule:
     """Half a cosine from `start` to `final` over `total` steps; the count is raised before it is read."""
 
     def schedule(count):
@@ -38,7 +41,7 @@ def cosine(start: float, final: float, total: int) -> optax.Schedule:
     return schedule
 
 
-def linear(start: float, final: float, total: int) -> optax.Schedule:
+def linear(start: float, final: float, total: int) -> Schedule:
     """Linear from exactly `start` at count 0 towards `final` at `total`."""
 
     def schedule(count):

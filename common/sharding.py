@@ -109,6 +109,7 @@ def moved_to(mesh: Mesh, tree: Any) -> Any:
 
     def move(x: jax.Array) -> jax.Array:
         # A restored key carries the sharding of the numbers behind it, which have an axis more.
+        assert isinstance(x.sharding, NamedSharding)
         spec = PartitionSpec(*x.sharding.spec[: x.ndim])
         return jax.device_put(x, NamedSharding(mesh, spec))
 

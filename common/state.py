@@ -52,8 +52,10 @@ def state_shardings(recipe: Recipe, mesh: Mesh, rules: Rules = PARAM_RULES) -> t
         params,
         transform_non_params=lambda _: replicated(mesh),
     )
-    whole = TrainState(replicated(mesh), params, opt_state, extra, replicated(mesh))
-    return abstract, whole
+    rest = replicated(mesh)
+    return abstract, abstract.replace(
+        step=rest, params=params, opt_state=opt_state, extra=extra, key=rest
+    )
 
 
 def abstract_with_shardings(abstract: Any, tree: Any) -> Any:

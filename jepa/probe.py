@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
@@ -39,6 +38,7 @@ __all__ = [
     "standardize",
 ]
 
+Rows = jax.Array | np.ndarray  # features [I, D] or labels [I], on the device or the host
 _HEAD_BYTES = 4 * 2**30  # of heads that are trained at once, with gradients and both moments
 _DECAYED = {"w": True, "b": False}
 _HELD_OUT = 0.1  # of the training rows, to choose the learning rate and weight decay
@@ -108,7 +108,7 @@ class ProbeResult:
 
 
 @jax.jit
-def standardize(train_ID: ArrayLike, *others_ID: ArrayLike) -> tuple[jax.Array, ...]:
+def standardize(train_ID: Rows, *others_ID: Rows) -> tuple[jax.Array, ...]:
     """Centres and scales by the moments of `train_ID`, in float32; dead features become 0."""
     all_ID = [jnp.asarray(x, jnp.float32) for x in (train_ID, *others_ID)]
     mean_D, std_D = all_ID[0].mean(0), all_ID[0].std(0)
@@ -118,7 +118,7 @@ def standardize(train_ID: ArrayLike, *others_ID: ArrayLike) -> tuple[jax.Array, 
 
 
 @jax.jit
-def _rotate(train_ID: ArrayLike, test_ID: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def _rotate(train_ID: jax.Array, test_ID: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both in the principal axes of `train_ID`."""
     _, axes_DD = jnp.linalg.eigh(_dot(train_ID.T, train_ID) / len(train_ID))
     return _dot(train_ID, axes_DD), _dot(test_ID, axes_DD)
@@ -153,9 +153,10 @@ def _train(heads, opt_state, x_ID, y_I, rows_SB, fraction_S, lr_H, wd_H, *, opti
         return optax.apply_updates(head, updates), opt_state
 
     def step(carry, slice_of_epoch):
-        rows_B, fraction = slice_of_epoch
+        (heads, opt_state), (rows_B, fraction) = carry, slice_of_epoch
         all_heads = jax.vmap(head_step, in_axes=(0, 0, 0, 0, None, None))
-        return all_heads(*carry, fraction * lr_H, wd_H, x_ID[rows_B], y_I[rows_B]), None
+        batch = x_ID[rows_B], y_I[rows_B]
+        return all_heads(heads, opt_state, fraction * lr_H, wd_H, *batch), None
 
     return jax.lax.scan(step, (heads, opt_state), (rows_SB, fraction_S))[0]
 
@@ -209,7 +210,7 @@ def _accuracy(heads, x_ID, y_I, rows) -> np.ndarray:
     for start in range(0, len(rows), size):
         for _, *where in _on_device(x_ID, y_I, rows[None, start : start + size]):
             correct_H += np.asarray(_correct(heads, *where))
-    return np.float32(correct_H / len(rows))
+    return np.asarray(correct_H / len(rows), np.float32)
 
 
 @jax.jit
@@ -236,10 +237,10 @@ def _on_axes(train, test, spec: ProbeSpec):
 
 
 def linear_probe(
-    train: ArrayLike,
-    train_labels: ArrayLike,
-    test: ArrayLike,
-    test_labels: ArrayLike,
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
     num_classes: int,
     spec: ProbeSpec = ProbeSpec(),
     progress: Progress | None = None,
@@ -316,7 +317,7 @@ def probe_all(
     return results
 
 
-def few_labels(labels: ArrayLike, per_class: int, seed: int = 0) -> np.ndarray:
+def few_labels(labels: Rows, per_class: int, seed: int = 0) -> np.ndarray:
     """Sorted rows of a random subset with `per_class` images of each class, for low-shot probes."""
     labels = np.asarray(labels)
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -329,10 +330,10 @@ def few_labels(labels: ArrayLike, per_class: int, seed: int = 0) -> np.ndarray:
 
 
 def logistic_probe(
-    train: ArrayLike,
-    train_labels: ArrayLike,
-    test: ArrayLike,
-    test_labels: ArrayLike,
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
     *,
     l2: float = 0.0025,
     max_iter: int = 100,
@@ -367,10 +368,10 @@ def _knn_votes(train_ID, labels_I, test_ID, num_classes, k, temperature, chunk):
 
 
 def knn(
-    train: ArrayLike,
-    train_labels: ArrayLike,
-    test: ArrayLike,
-    test_labels: ArrayLike,
+    train: Rows,
+    train_labels: Rows,
+    test: Rows,
+    test_labels: Rows,
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,

@@ -13,7 +13,7 @@ from common.metrics import Metrics
 from common.nn.layers import LOGICAL_AXES
 from common.nn.policy import Policy
 from common.optim import Optimizer, OptimSpec, decays
-from common.schedules import linear
+from common.schedules import Schedule, linear
 from common.sharding import logical_axes
 from jepa.config import ViTConfig
 from jepa.encoder import Encoder
@@ -32,7 +32,11 @@ AXES = LOGICAL_AXES | {
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """The EMA encoder's momentum: linear from `start` to `final`; constant if they are equal (docs/papers/ijepa.md 6.2)."""
+    """The EMA encoder's momentum, linear over the run; constant if both are equal (docs/papers/ijepa.md 6.2).
+
+    Attributes:
+      start: momentum at the first update.  final: momentum at the last.
+    """
 
     start: float = 0.996
     final: float = 1.0
@@ -95,7 +99,7 @@ class IJepa:
         )
 
     @cached_property
-    def momentum(self) -> optax.Schedule:
+    def momentum(self) -> Schedule:
         """EMA momentum by update count."""
         return linear(self.ema.start, self.ema.final, int(self.optim.schedule_scale * self.steps))
 
@@ -139,6 +143,11 @@ class AddMasks:
 
     spec: MaskSpec
     seed: int
+
+    def __repr__(self) -> str:
+        """As checkpoints of version 0.1 hold it in the fingerprint of their data, with 0 where nothing is set."""
+        text = f"AddMasks(spec={self.spec}, seed={self.seed})"
+        return text.replace("context_tokens=None", "context_tokens=0")
 
     def __call__(self, batch: dict, rows: np.ndarray) -> dict:
         masks = sample(self.spec, self.seed, rows)

@@ -1,4 +1,4 @@
-"""Closed-form derivatives of the usual update rules (spec 1.2): what the last step would have been, from today's state.
+"""Closed-form derivatives of the last step of the usual update rules, from today's state (docs/papers/gdtuo.md 1.2).
 
 Each rule is one function of a single array: given what the optimizer holds now, it returns d(last update)/d(keyword) for
 the keywords that are learned. Only `Form.without_gradient` keywords can do without a copy of the last gradient.

@@ -1,6 +1,7 @@
-"""Hypergradients: the last update's derivative by each hyperparameter, times the fresh gradient (spec 1.2, 1.4).
+"""Hypergradients: the last update's derivative by each hyperparameter, times the fresh gradient.
 
-With u(h) the last update as a function of its hyperparameters, at its stored inputs, the signal is
+With u(h) the last update as a function of its hyperparameters, at its stored inputs, the signal is (docs/papers/gdtuo.md
+1.2, 1.4)
 
   d loss / d h = [du/dh]^T g,   g = the gradient at the parameters that u led to.
 

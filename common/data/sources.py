@@ -132,7 +132,7 @@ def _open_digits(split: str) -> ArraySource:
         raise ValueError(f"digits has the splits train and test, got {split!r}")
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     chosen = (np.arange(len(digits.target)) % 5 == 4) == (split == "test")
     gray = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)  # 0..16 to 0..255
     arrays = {
@@ -194,7 +194,7 @@ def tfds_builder(name: str, data_dir: str | None = None, **kwargs: Any) -> Any:
     data_dir = tfds_dir(data_dir)
     try:
         return tfds.builder(name, data_dir=data_dir, **kwargs)
-    except tfds.core.registered.DatasetNotFoundError as e:
+    except tfds.core.DatasetNotFoundError as e:
         raise ValueError(
             f"unknown dataset {name!r}: neither 'digits', 'scenes' nor 'folder:/path', no TFDS "
             f"name, and no prepared set under {data_dir}"

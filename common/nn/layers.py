@@ -37,15 +37,14 @@ INIT = nnx.initializers.normal(stddev=0.02)  # the released code truncates at 10
 class Linear(nnx.Linear):
     """`nnx.Linear` with float32 parameters, computed under `policy`."""
 
-    def __init__(
-        self, n_in: int, n_out: int, policy: Policy, rngs: nnx.Rngs, *, bias: bool = True, init=INIT
-    ):
-        super().__init__(n_in, n_out, use_bias=bias, kernel_init=init, rngs=rngs)
+    bias: nnx.Param[jax.Array]
+
+    def __init__(self, n_in: int, n_out: int, policy: Policy, rngs: nnx.Rngs):
+        super().__init__(n_in, n_out, kernel_init=INIT, rngs=rngs)
         self.policy = policy
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        bias = None if self.bias is None else self.bias[...]
-        return self.policy.dense(x, self.kernel[...], bias)
+        return self.policy.dense(x, self.kernel[...], self.bias[...])
 
     def parts(self, x: jax.Array, n: int) -> list[jax.Array]:
         """The same, its features in `n` equal parts."""
@@ -69,6 +68,9 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
 
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation in float32 with the ViT's epsilon."""
+
+    scale: nnx.Param[jax.Array]
+    bias: nnx.Param[jax.Array]
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         super().__init__(width, epsilon=1e-6, rngs=rngs)
@@ -145,7 +147,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         B, N, D = x_BND.shape
         q, k, v = (y.reshape(B, N, self.heads, -1) for y in self.qkv.parts(x_BND, 3))
-        mixed_BNHK = attention(self.policy.compute, take_tokens(q, wanted), k, v, valid)
+        mixed_BNHK: jax.Array = attention(self.policy.compute, take_tokens(q, wanted), k, v, valid)
         return self.out(mixed_BNHK.reshape(B, -1, D))
 
 
@@ -161,7 +163,7 @@ class MLP(nnx.Module):
         hidden = [gelu(h) for h in self.up.parts(x_BND, column_parts(*self.up.kernel.shape))]
         weights = jnp.split(self.down.kernel[...], len(hidden))
         biases = [self.down.bias[...]] + [None] * (len(hidden) - 1)
-        return sum(map(self.policy.dense, hidden, weights, biases))
+        return jnp.asarray(sum(map(self.policy.dense, hidden, weights, biases)))
 
 
 class Block(nnx.Module):

@@ -15,12 +15,15 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
-from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
+from common.checkpoint import Checkpointer, read_meta
 from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
+    drawn_records,
     fingerprint,
+    images_on_device,
     prefetch_to_device,
     train_batches,
 )
@@ -31,10 +34,11 @@ from common.plots import draw_curves
 from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
 from common.train_loop import Preempted, train
+from common.train_step import AS_IT_IS, Prepare
 from common.writers import make_writer, read_rows
 from experiments.jepa.data import Sets, check_sets, open_sets
 from experiments.jepa.probes import encode_fn, linear_probes, online_monitor
-from experiments.jepa.settings import DataSettings, Settings, resolve
+from experiments.jepa.settings import DataSettings, Settings, WriterSettings, resolve
 from experiments.shared.facts import data_facts
 from experiments.shared.run import Run, job, within
 from jepa.recipe import AddMasks
@@ -53,20 +57,13 @@ def run(run: Run) -> int:
     recipe, spec = settings.recipe, settings.train
     try:
         loader, add_masks, data_print = _stream(settings, sets, mesh)
-        keep = CheckpointSpec(settings.checkpoint.keep)
+        prepare = _prepare(settings, sets, mesh)
         _describe(run, settings, len(sets.train), mesh)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
     def batches(start: int) -> Iterator[dict]:
-        host = train_batches(
-            sets.train,
-            loader,
-            transform=settings.augmentation,
-            batch_transform=add_masks,
-            start_step=start,
-        )
-        return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
+        return _batches(settings, sets, loader, add_masks, mesh, start)
 
     def open_writer(restored_step: int):
         _check_resumed(run, restored_step, spec.steps, meta)
@@ -78,12 +75,12 @@ def run(run: Run) -> int:
             items_per_step=spec.batch,
             unit="images",
             tensorboard=settings.writers.tensorboard,
-            wandb=_wandb(settings),
+            wandb=_wandb(settings.writers, run.values),
         )
 
-    meta = {"config": settings.values, "data": data_print, "sets": _measured_on(sets)}
+    meta = {"config": run.values, "data": data_print, "sets": _measured_on(sets)}
     try:
-        with Checkpointer(workdir / "checkpoints", keep) as saver:
+        with Checkpointer(workdir / "checkpoints", settings.checkpoint) as saver:
             state, seconds = train(
                 recipe,
                 spec,
@@ -95,11 +92,31 @@ def run(run: Run) -> int:
                 meta=meta,
                 evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
                 evaluate_again=run.resume == "changed",
+                prepare=prepare,
             )
     finally:
         draw_curves(workdir)
 
     return _finish(run, settings, sets, mesh, state, seconds)
+
+
+def _batches(
+    settings: Settings, sets: Sets, loader: LoaderSpec, add_masks: AddMasks, mesh: Mesh, start: int
+) -> Iterator[dict]:
+    """Batches on the devices from step `start`; with data.on_device, the numbers of their records alone."""
+    if settings.data.on_device:
+        host = drawn_records(sets.train, loader, start)
+    else:
+        host = train_batches(
+            sets.train,
+            loader,
+            transform=settings.augmentation,
+            batch_transform=add_masks,
+            start_step=start,
+        )
+    spec = settings.train
+    depth = max(2, spec.steps_per_dispatch)
+    return prefetch_to_device(host, batch_sharding(mesh), depth, batch=spec.batch)
 
 
 def _stream(
@@ -114,9 +131,20 @@ def _stream(
         held=rows_held(batch_sharding(mesh), spec.batch),
     )
     add_masks = AddMasks(settings.recipe.masks, spec.seed)
-    data_print = fingerprint(sets.train, loader, settings.augmentation, add_masks)
+    transforms = (
+        [device] if (device := settings.device_batch) else [settings.augmentation, add_masks]
+    )
+    data_print = fingerprint(sets.train, loader, *transforms)
     require_same(data_facts(training=data_print, test=fingerprint(sets.test, loader)))
     return loader, add_masks, data_print
+
+
+def _prepare(settings: Settings, sets: Sets, mesh: Mesh) -> Prepare:
+    """What the step does with what the input pipeline gives: nothing, or with data on the device all of it."""
+    if not (device := settings.device_batch):
+        return AS_IT_IS
+    log.info("moving %d images to the device ...", len(sets.train))
+    return Partial(device, images_on_device(sets.train, mesh))
 
 
 def _measured_on(sets: Sets) -> dict[str, Any]:
@@ -206,12 +234,12 @@ def _check_writers(settings: Settings) -> None:
             raise ConfigError(f"config.writers.{name}=True needs {module}: pip install '.[{name}]'")
 
 
-def _wandb(settings: Settings) -> dict[str, Any] | None:
+def _wandb(writers: WriterSettings, values: dict[str, Any]) -> dict[str, Any] | None:
     """What W&B is told of the run; None where it is off."""
-    if not settings.writers.wandb:
+    if not writers.wandb:
         return None
-    project = settings.writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
-    return {"project": project, "config": settings.values}
+    project = writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
+    return {"project": project, "config": values}
 
 
 def _describe(run: Run, settings: Settings, examples: int, mesh: Mesh) -> None:

@@ -58,9 +58,14 @@ def pixels(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features(
-    settings: Settings, mesh: Mesh, encode: Callable, source: Source, n: int = 0, what: str = ""
+    settings: Settings,
+    mesh: Mesh,
+    encode: Callable,
+    source: Source,
+    n: int | None = None,
+    what: str = "",
 ) -> Features:
-    """Pooled features of `n` random images (0: all), centre-cropped and not augmented.
+    """Pooled features of `n` random images (None: all), centre-cropped and not augmented.
 
     Always of the same ones: they depend on the source and on n alone. Batches are spread over the mesh, and each process
     reads the rows that its devices hold. `what` names the progress bar; without it there is none.

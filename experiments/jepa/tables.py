@@ -26,7 +26,7 @@ def cifar10(results: Path) -> str:
     other = read_rows(results / "cifar10_vicreg0.01.jsonl")
     lines = _probed(rows, columns)
     lines += [(f"{what}, C-JEPA's terms at 0.01", *rest) for what, *rest in _probed(other, columns)]
-    with open(Path(__file__).with_name("published_cifar10.csv")) as file:
+    with open(Path(__file__).with_name("audit_cifar10.csv")) as file:
         published = "; ".join(
             f"{p['what']}, {p['epochs']} epochs: {p['linear']}"
             + (f" ± {p['spread']}" if p["spread"] else "")

@@ -8,7 +8,7 @@ stopped continues; a signal (common.distributed.PreemptionGuard) stops it, saved
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -119,75 +119,13 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
     Raises:
       Preempted: after SIGTERM, at the end of the epoch; the state is saved.
     """
-    steps = task.steps(spec.batch)
-    train = jax.tree.map(jnp.asarray, task.train)
-    rates, keys = (
-        jnp.asarray(spec.rates, jnp.float32),
-        jnp.stack([jax.random.key(s) for s in spec.seeds]),
-    )
-    each = _side_by_side if task.side_by_side else _in_turn
-    shared = method.make(spec.rates[0]) if method.in_state else None
-
-    def transformation(rate) -> optax.GradientTransformationExtraArgs:
-        if shared is not None:
-            return optax.with_extra_args_support(shared)
-        if method.schedule is None:
-            return optax.with_extra_args_support(method.make(rate))
-        factor = method.schedule
-        return optax.with_extra_args_support(
-            method.make(lambda step: rate * factor(step / (steps * spec.epochs)))
-        )
-
-    def init_seed(key):
-        params = task.init(jax.random.fold_in(key, 0))
-        if method.in_state:
-            states = [method.make(rate).init(params) for rate in spec.rates]
-            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        else:
-            states = jax.vmap(lambda rate: transformation(rate).init(params))(rates)
-        return jax.tree.map(lambda p: jnp.stack([p] * len(rates)), params), states
-
-    def train_seed(key, params, state, losses, first, last, train):
-        """Steps first..last-1 of the epoch that `key` shuffles, for every rate."""
-        order = jax.random.permutation(jax.random.fold_in(key, 0), len(next(iter(train.values()))))
-
-        def step(i, carry):
-            rows = jax.lax.dynamic_slice_in_dim(order, i * spec.batch, spec.batch)
-            batch, now = jax.tree.map(lambda x: x[rows], train), jax.random.fold_in(key, i + 1)
-
-            def step_cell(rate, params, state, total):
-                loss, grads = jax.value_and_grad(task.loss)(params, batch, now)
-                updates, state = transformation(rate).update(grads, state, params, value=loss)
-                return optax.apply_updates(params, updates), state, total + loss / steps
-
-            return each(step_cell, rates, *carry)
-
-        return jax.lax.fori_loop(first, last, step, (params, state, losses))
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def advance(state, losses, number, first, last, train):
-        now = jax.vmap(lambda key: jax.random.fold_in(key, number + 1))(keys)
-        params, opt_state, losses = each(
-            lambda key, params, opt_state, losses: train_seed(
-                key, params, opt_state, losses, first, last, train
-            ),
-            now,
-            *state,
-            losses,
-        )
-        return (params, opt_state), losses
-
-    @jax.jit
-    def measure(state, losses):
-        test = lambda params, state: task.score(method.evaluated(state, params))  # noqa: E731
-        scores = each(lambda *cells: each(test, *cells), *state)
-        return {"scores": {"train_loss": losses, **scores}, "learned": _learned(state[1])}
-
-    abstract = jax.eval_shape(jax.vmap(init_seed), keys)
-    none = jnp.zeros((len(keys), len(rates)))  # losses of an epoch's start
+    grid = _Grid(task, method, spec)
+    measure = jax.jit(grid.measure)
+    abstract = jax.eval_shape(jax.vmap(grid.init_seed), grid.keys)
+    measured = jax.eval_shape(measure, abstract, grid.no_losses())
     log.info(
         "%s, %s: %d runs of %d epochs of %d steps; compiling ...",
-        task.name, method.name, none.size, spec.epochs, steps,
+        task.name, method.name, grid.no_losses().size, spec.epochs, grid.steps,
     )  # fmt: skip
     writer = JsonlWriter(workdir / "metrics.jsonl")
     with (
@@ -196,36 +134,108 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
         Progress(transient=True, disable=not draws_bars()) as bar,
         PreemptionGuard() as guard,
     ):
-        restored = saver.restore(
-            _placed({"state": abstract, "last": jax.eval_shape(measure, abstract, none)})
-        )
-        state, last, start = jax.jit(jax.vmap(init_seed))(keys), None, 0
+        restored = saver.restore(_placed({"state": abstract, "last": measured}))
+        state, last, start = jax.jit(jax.vmap(grid.init_seed))(grid.keys), None, 0
         if restored is not None:
             (state, last), start = (restored[0]["state"], restored[0]["last"]), restored[1]["epoch"]
             log.info("%s: continuing from epoch %d", method.name, start)
         writer.resume_from(start if restored else -1)
-        shown = bar.add_task(
-            f"{task.name}, {method.name}", total=spec.epochs * steps, completed=start * steps
-        )
-        count = 1  # steps between two signs of life
-        for number in range(start, spec.epochs):
-            losses, done = jnp.zeros_like(none), 0
-            while done < steps:
-                began, until = time.perf_counter(), min(done + count, steps)
-                state, losses = jax.block_until_ready(
-                    advance(state, losses, number, done, until, train)
-                )
-                done, count = until, _paced(until - done, time.perf_counter() - began)
-                bar.update(shown, completed=number * steps + done)
+        epochs = _epochs(grid, state, start, bar)
+        for number, (state, losses) in enumerate(epochs, start + 1):
             last = jax.block_until_ready(measure(state, losses))
-            writer.write(number + 1, _row(spec, last))
-            stop = guard.reached(number + 1)
-            if stop or (number + 1) % spec.save_every == 0 or number + 1 == spec.epochs:
-                _save(saver, number + 1, {"state": state, "last": last}, method.name, leave=stop)
+            writer.write(number, _row(spec, last))
+            stop = guard.reached(number)
+            if stop or number % spec.save_every == 0 or number == spec.epochs:
+                _save(saver, number, {"state": state, "last": last}, method.name, leave=stop)
                 if not bar.console.is_terminal:  # a log has no bar
-                    log.info("%s: epoch %d of %d", method.name, number + 1, spec.epochs)
+                    log.info("%s: epoch %d of %d", method.name, number, spec.epochs)
     assert last is not None
     return _cells(spec, last, state[0])
+
+
+class _Grid:
+    """The programs of a grid: each works on all cells at once, arrays of [seeds, rates, ...]."""
+
+    def __init__(self, task: Task, method: Method, spec: GridSpec):
+        self.task, self.method, self.spec, self.steps = task, method, spec, task.steps(spec.batch)
+        self.rates = jnp.asarray(spec.rates, jnp.float32)
+        self.keys = jnp.stack([jax.random.key(s) for s in spec.seeds])
+        self.each = _side_by_side if task.side_by_side else _in_turn
+        self.shared = method.make(spec.rates[0]) if method.in_state else None
+
+    def no_losses(self) -> jax.Array:
+        """The sums of losses at the start of an epoch."""
+        return jnp.zeros((len(self.keys), len(self.rates)))
+
+    def transformation(self, rate: Any) -> optax.GradientTransformationExtraArgs:
+        if self.shared is not None:
+            return optax.with_extra_args_support(self.shared)
+        if (factor := self.method.schedule) is not None:
+            steps = self.steps * self.spec.epochs
+            return optax.with_extra_args_support(
+                self.method.make(lambda step: rate * factor(step / steps))
+            )
+        return optax.with_extra_args_support(self.method.make(rate))
+
+    def init_seed(self, key: jax.Array) -> Any:
+        params = self.task.init(jax.random.fold_in(key, 0))
+        if self.method.in_state:
+            states = [self.method.make(rate).init(params) for rate in self.spec.rates]
+            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        else:
+            states = jax.vmap(lambda rate: self.transformation(rate).init(params))(self.rates)
+        return jax.tree.map(lambda p: jnp.stack([p] * len(self.rates)), params), states
+
+    def train_seed(self, first, last, train, key, params, state, losses):
+        """Steps first..last-1 of the epoch that `key` shuffles, for every rate."""
+        order = jax.random.permutation(jax.random.fold_in(key, 0), len(next(iter(train.values()))))
+
+        def step(i, carry):
+            rows = jax.lax.dynamic_slice_in_dim(order, i * self.spec.batch, self.spec.batch)
+            batch, now = jax.tree.map(lambda x: x[rows], train), jax.random.fold_in(key, i + 1)
+
+            def step_cell(rate, params, state, loss_sum):
+                loss, grads = jax.value_and_grad(self.task.loss)(params, batch, now)
+                update = self.transformation(rate).update
+                updates, state = update(grads, state, params, value=loss)
+                return optax.apply_updates(params, updates), state, loss_sum + loss / self.steps
+
+            return self.each(step_cell, self.rates, *carry)
+
+        return jax.lax.fori_loop(first, last, step, (params, state, losses))
+
+    def advance(self, state, losses, number, first, last, train):
+        """Steps first..last-1 of epoch `number`."""
+        now = jax.vmap(lambda key: jax.random.fold_in(key, number + 1))(self.keys)
+        run = partial(self.train_seed, first, last, train)
+        params, opt_state, losses = self.each(run, now, *state, losses)
+        return (params, opt_state), losses
+
+    def measure(self, state, losses):
+        def test(params, opt_state):
+            return self.task.score(self.method.evaluated(opt_state, params))
+
+        scores = self.each(lambda *cells: self.each(test, *cells), *state)
+        return {"scores": {"train_loss": losses, **scores}, "learned": _learned(state[1])}
+
+
+def _epochs(grid: _Grid, state: Any, start: int, bar: Progress) -> Iterator[tuple[Any, jax.Array]]:
+    """Trains, and yields (state, mean losses) at the end of every epoch from `start` on. The state is donated."""
+    advance = jax.jit(grid.advance, donate_argnums=(0, 1))
+    train, steps = jax.tree.map(jnp.asarray, grid.task.train), grid.steps
+    name, total = f"{grid.task.name}, {grid.method.name}", grid.spec.epochs * steps
+    shown = bar.add_task(name, total=total, completed=start * steps)
+    count = 1  # steps between two signs of life
+    for number in range(start, grid.spec.epochs):
+        losses, done = grid.no_losses(), 0
+        while done < steps:
+            began, until = time.perf_counter(), min(done + count, steps)
+            state, losses = jax.block_until_ready(
+                advance(state, losses, number, done, until, train)
+            )
+            done, count = until, _paced(until - done, time.perf_counter() - began)
+            bar.update(shown, completed=number * steps + done)
+        yield state, losses
 
 
 def _save(saver: Checkpointer, epoch: int, tree: Any, name: str, *, leave: bool) -> None:

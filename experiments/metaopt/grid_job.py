@@ -48,10 +48,12 @@ class TaskSettings:
 
 
 TASKS: dict[str, Callable[[TaskSettings], Task]] = {
-    "mlp": lambda s: mlp_task(s.data, s.data_dir, s.hidden, s.examples),
-    "resnet": lambda s: resnet_task(s.data, s.data_dir, s.hidden, s.depth, s.examples),
-    "charrnn": lambda s: charrnn_task(s.data, s.hidden, s.depth, s.length, s.examples),
-    "gpt": lambda s: gpt_task(s.data, s.hidden, s.depth, s.length, s.examples),
+    "mlp": lambda s: mlp_task(s.data, s.data_dir or None, s.hidden, s.examples or None),
+    "resnet": lambda s: resnet_task(
+        s.data, s.data_dir or None, s.hidden, s.depth, s.examples or None
+    ),
+    "charrnn": lambda s: charrnn_task(s.data, s.hidden, s.depth, s.length, s.examples or None),
+    "gpt": lambda s: gpt_task(s.data, s.hidden, s.depth, s.length, s.examples or None),
 }
 
 
@@ -136,7 +138,7 @@ def run_method(task: Task, method: Method, spec: GridSpec, run: Run) -> list[Res
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a method falls behind the best run of all, over its initial rates (spec 6.3).
+    """How far a method falls behind the best run of all, over its initial rates (docs/papers/gdtuo.md 6.3).
 
     Attributes:
       worst, mean: largest and geometric mean of score / best score; infinite where a run diverged.

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -91,7 +90,6 @@ def _figure(
     rows: int, columns: int, width: float = 3.2, height: float = 2.1
 ) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -117,7 +115,7 @@ def _natural(name: str, value: float) -> float:
 def _log(ax: Axes) -> None:
     """A logarithmic axis with plain numbers, also where it spans less than a decade.
 
-    Linear below 1e-8 where a value is not positive: a raw rate may turn negative (spec 1.3).
+    Linear below 1e-8 where a value is not positive: a raw rate may turn negative (docs/papers/gdtuo.md 1.3).
     """
     if any((np.asarray(line.get_ydata()) <= 0).any() for line in ax.lines):
         ax.set_yscale("symlog", linthresh=1e-8)

@@ -29,6 +29,7 @@ from common.results import ResultRow, append_row, config_hash, make_row, read_ro
 from common.train_loop import NonFiniteLoss, Preempted
 from common.writers import to_json
 from experiments.shared.clock import Clock, write_json
+from experiments.shared.old_settings import ADDED, as_before, renewed
 
 log = logging.getLogger("triptych")
 
@@ -38,7 +39,9 @@ FREE = (
     "job",  # a run and its baselines share a workdir; each row names its own job
     "mesh",
     "train.accumulate",
+    "train.steps_per_dispatch",
     "data.workers",
+    "data.on_device",  # the same records; crops and masks are other draws, which no checkpoint mixes (its fingerprint)
     "data.skip_bad",  # batches are the same up to the first damaged image, and the row counts what was skipped
     "data.data_dir",
     "task.data_dir",
@@ -77,7 +80,9 @@ def within(name: str, groups: Sequence[str]) -> bool:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that differ and are not free to: full name -> (saved, now), NOTHING where one has none."""
-    old, new = settings_of(saved), settings_of(now)
+    old, new = (settings_of(renewed(config)) for config in (saved, now))
+    added = {f"config.{k}": v for k, v in ADDED.get(now.get("job", ""), {}).items()}
+    old, new = added | old, added | new
     pairs = {name: (old.get(name, NOTHING), new.get(name, NOTHING)) for name in {**old, **new}}
     return {k: (a, b) for k, (a, b) in pairs.items() if a != b and not within(k, FREE)}
 
@@ -85,7 +90,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 def hash_of(values: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """The hash that rows carry: of every setting that is not free, nor in `without`."""
     left_out = (*FREE, *without)
-    return config_hash({k: v for k, v in settings_of(values).items() if not within(k, left_out)})
+    values = settings_of(as_before(values))
+    return config_hash({k: v for k, v in values.items() if not within(k, left_out)})
 
 
 @dataclass
@@ -185,7 +191,7 @@ class Run:
 
         `former`: what older versions put into the config whose hash they wrote; NOTHING, where they had no such setting.
         """
-        config = {**(self.saved or self.values), "job": self.job, **former}
+        config = {**as_before(self.saved or self.values), "job": self.job, **former}
         config = {k: v for k, v in config.items() if v is not NOTHING}
         without = (*self._choosing, "name") if part else ()
         ours = hash_of(self.values, without), hash_of(config, without)

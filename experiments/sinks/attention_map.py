@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -125,7 +124,6 @@ def draw(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
     """The share of the first token per layer and head [L, H], and eight layers' maps, averaged over heads."""
     L = len(share_LH)
     figure = Figure(figsize=(13, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
     ax = left.subplots()
@@ -159,7 +157,6 @@ def draw_heads(maps: Maps, path: Path) -> None:
     figure = Figure(
         figsize=(sheet.shape[1] / 40 + 0.6, sheet.shape[0] / 40 + 0.4), layout="constrained"
     )
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     ax.imshow(sheet, cmap="magma", norm=LogNorm(FAINTEST, 1), interpolation="nearest")
     ax.set_xticks(np.arange(H) * (n + 2) + n / 2, range(H), fontsize=6)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
@@ -270,7 +269,6 @@ def measure(
 def draw(workdir: Path, names: list[str], metrics: Mapping[str, float], specs: list[str]) -> None:
     """Training loss, and perplexity against the number of sinks that the stream keeps, for every variant."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, color in zip(names, COLORS * len(names)):
         rows = [row for row in read_rows(workdir / name / "metrics.jsonl") if "loss" in row]

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.progress import track
 
@@ -156,7 +155,6 @@ def _median(step: Callable[[], None], n: int) -> float:
 def draw(settings: Settings, ms: dict[tuple[str, int], float], path: Path) -> None:
     """Milliseconds per token against the cache's size, both logarithmic."""
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     for policy, color in zip(settings.policies, COLORS):
         values = [ms[policy, size] for size in settings.cache_sizes]

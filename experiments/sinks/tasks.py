@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.config import ConfigError, build, check_choices
@@ -197,7 +196,6 @@ def _table_row(row: dict[str, Any]) -> tuple:
 def draw(rows: Sequence[dict[str, Any]], path: Path, title: str, kinds: str) -> None:
     """Accuracy of every policy: against the kind of question where there are several, else as bars."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     several = max(len(row["kinds"]) for row in rows) > 1
     for x, (row, color) in enumerate(zip(rows, COLORS * len(rows))):

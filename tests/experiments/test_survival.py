@@ -135,9 +135,6 @@ def test_sigkill_at_any_moment_leaves_no_trace(launch, undisturbed, tmp_path):
     result = json.loads((workdir / "result.json").read_text())
     assert result["wall_seconds"] > spent > 0 and result["changes"] == []
     assert {"compile", "input", "step", "save"} <= result["seconds"].keys()
-    before = (workdir / "results.jsonl").read_bytes()
-    assert "done before" in finish(launch, workdir)
-    assert (workdir / "results.jsonl").read_bytes() == before
     assert saved_steps(workdir)[-1] == STEPS
     left = [path.name for path in (workdir / "checkpoints").iterdir() if not path.name.isdigit()]
     assert left == [], "temporary directories of killed runs"

@@ -178,7 +178,7 @@ def test_the_same_in_groups(monkeypatch, spec):
 
     def value_and_gradient():
         got = jax.value_and_grad(loss_of(spec), argnums=(0, 1), has_aux=True)
-        return got(PARAMS, TARGET, BATCH, jax.random.key(0))
+        return jax.jit(got)(PARAMS, TARGET, BATCH, jax.random.key(0))
 
     def loops():
         value = jax.make_jaxpr(lambda p: loss_of(spec)(p, TARGET, BATCH)[0])(PARAMS)

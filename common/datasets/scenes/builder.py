@@ -76,6 +76,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS: ClassVar[list[SceneConfig]] = [DEFAULT]
+    builder_config: SceneConfig
     workers: int | None = None
     progress: bool = True
 

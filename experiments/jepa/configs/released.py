@@ -31,5 +31,5 @@ def released(
             config, args, image=96, patch=8
         )  # the released rules need targets of more than 10 patches
         config.mesh.update(replica=1)
-        config.data.update(name="digits", test_split="test", eval_resize=0, workers=0)
+        config.data.update(name="digits", test_split="test", eval_resize=None, workers=0)
     return config

@@ -82,7 +82,7 @@ class GPT:
 
 
 def gpt_task(
-    where: str, width: int = 128, depth: int = 4, length: int = 64, examples: int = 0
+    where: str, width: int = 128, depth: int = 4, length: int = 64, examples: int | None = None
 ) -> Task:
     """The GPT on the text at `where` (see `sinks.text.documents`)."""
 

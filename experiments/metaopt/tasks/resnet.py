@@ -129,10 +129,10 @@ class ResNet(nnx.Module):
 
 def resnet_task(
     name: str,
-    data_dir: str = "",
+    data_dir: str | None = None,
     width: int = 16,
     depth: int = 20,
-    examples: int = 0,
+    examples: int | None = None,
     calibration: tuple[int, int] = (16, 128),
 ) -> Task:
     """Classification by a ResNet, augmented as He et al. do; the score is the test error in [0, 1].

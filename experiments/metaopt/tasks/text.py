@@ -64,7 +64,7 @@ class CharRNN(nnx.Module):
 
 
 def charrnn_task(
-    where: str, hidden: int = 128, depth: int = 2, length: int = 50, examples: int = 0
+    where: str, hidden: int = 128, depth: int = 2, length: int = 50, examples: int | None = None
 ) -> Task:
     """The char-RNN on the text at `where` (see `sinks.text.documents`)."""
     if depth < 1:
@@ -82,7 +82,7 @@ def text_task(
     where: str,
     net: Callable[[int], tuple[Callable[[jax.Array], Any], Callable[[Any, jax.Array], jax.Array]]],
     length: int,
-    examples: int = 0,
+    examples: int | None = None,
     held_out: float = 0.2,
 ) -> Task:
     """Windows of `length` characters, each to predict from those before it in its window; the score is the perplexity.
@@ -91,7 +91,7 @@ def text_task(
 
     Args:
       net: number of different characters -> (key -> params, (params, ids [B, T]) -> logits [B, T, V]).
-      examples: at most so many windows of each part; 0 = all.
+      examples: at most so many windows of each part; None for all.
     """
     vocabulary, (train, test) = windows(where, length, held_out, examples)
     init, logits = net(vocabulary)
@@ -116,7 +116,7 @@ def text_task(
 
 
 def windows(
-    where: str, length: int, held_out: float, examples: int = 0
+    where: str, length: int, held_out: float, examples: int | None = None
 ) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
     """How many different characters the text has, and its windows for training and test: ids, int32 [N, length + 1].
 

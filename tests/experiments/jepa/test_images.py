@@ -103,7 +103,7 @@ def test_images_without_a_label_neither_vote_nor_count(evaluate, mesh):
     def some(labels):
         return np.where(np.arange(len(labels)) % 3, labels, -1)
 
-    all_images = {"probe.knn_train": 0, "probe.knn_test": 0}
+    all_images = {"probe.knn_train": None, "probe.knn_test": None}
     source, test = digits_by_class(some=some), digits_by_class("test", some=some)
     values, _ = evaluate(source, test, **all_images)
     kept = [
@@ -134,7 +134,7 @@ def test_numbers_of_images_are_no_labels(evaluate, caplog):
     }
     source, test = digits_by_class(**numbers), digits_by_class("test", **numbers)
     assert jepa_eval.label_names(source) == ("label", "serial")
-    values, _ = evaluate(source, test, **{"probe.knn_train": 0})
+    values, _ = evaluate(source, test, **{"probe.knn_train": None})
     assert {k for k in values if k.startswith("knn")} == {"knn_label"}
     assert "'serial': its values, to 1,437, number the images" in caplog.text
 
@@ -245,7 +245,7 @@ def test_a_wrong_crop_names_its_setting(name, value):
 
 def test_features_that_do_not_fit_the_memory_are_refused_before_training(tmp_path, monkeypatch):
     config = get_config("smoke")
-    config.probe.train_examples = config.probe.test_examples = 0
+    config.probe.train_examples = config.probe.test_examples = None
     monkeypatch.setattr(jepa_data, "host_memory", lambda: 2**19)
     with pytest.raises(
         ConfigError, match=r"1,438 training and 359 test images.*train_examples to 596 or less"
@@ -284,7 +284,7 @@ def test_a_damaged_image_ends_a_run_in_one_line_or_is_counted(
     flags = [
         "launch", "--config=experiments/jepa/configs/scenes.py:smoke", f"--workdir={tmp_path}/run",
         f"--config.data.name=folder:{damaged}", f"--config.data.workers={workers}", "--config.train.steps=9",
-        "--config.train.batch=8", "--config.train.eval_every=9", "--config.probe.train_examples=0",
+        "--config.train.batch=8", "--config.train.eval_every=9", "--config.probe.train_examples=None",
     ]  # fmt: skip
     assert launch_in_this_process(flags) == 2
     text = capsys.readouterr().err

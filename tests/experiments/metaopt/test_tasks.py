@@ -265,7 +265,7 @@ def test_cells_in_turn_are_the_runs_side_by_side(tmp_path):
     ],
 )
 def test_towers_of_the_figures_learn(name, learns, tmp_path):
-    """Each hyperparameter moves, by the step sizes of its initial rate (spec 3.3, 3.4)."""
+    """Each hyperparameter moves, by the step sizes of its initial rate (docs/papers/gdtuo.md 3.3, 3.4)."""
     spec = GridSpec(epochs=2, batch=32, rates=(1e-3, 1e-2))
     cells = run_grid(open_task(TINY["mlp"]), METHODS[name], spec, tmp_path)
     for cell in cells:
