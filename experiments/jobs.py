@@ -32,6 +32,14 @@ JOBS = {
 SETTINGS = {
     "jepa_pretrain": "experiments.jepa.settings:Settings",
     "jepa_baselines": "experiments.jepa.settings:Settings",
+    "metaopt_grid": "experiments.metaopt.grid_job:Settings",
+    "metaopt_table1": "experiments.metaopt.table1:Settings",
+    "sinks_perplexity": "experiments.sinks.perplexity:Settings",
+    "sinks_speed": "experiments.sinks.speed:Settings",
+    "sinks_attention_map": "experiments.sinks.attention_map:Settings",
+    "sinks_streameval": "experiments.sinks.tasks:StreamEvalSettings",
+    "sinks_pretrain": "experiments.sinks.pretrain:Settings",
+    "sinks_qa_stream": "experiments.sinks.tasks:QASettings",
 }
 
 # Those that several processes can run as one; each process of another would do all of the work, and write its own rows.

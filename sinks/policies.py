@@ -95,12 +95,12 @@ class Recompute:
     """Every prediction from a fresh pass over the last `length` tokens, which starts at position 0.
 
     Attributes:
-      sample: predictions per chunk, at random places; 0: all of them (`length` times the work of a normal pass).
+      sample: predictions per chunk, at random places; None takes all of them (`length` times the work of a normal pass).
       batch: windows computed together.
     """
 
     length: int
-    sample: int = 0
+    sample: int | None = None
     batch: int = 8
 
     @property
@@ -142,7 +142,7 @@ def make_policy(
     *,
     cache_size: int = 1024,
     sinks: int = 4,
-    sample: int = 0,
+    sample: int | None = None,
     block: int = BLOCK,
     **spec: Any,
 ) -> Policy:

@@ -80,7 +80,13 @@ class Method:
 
 @dataclass(frozen=True)
 class GridSpec:
-    """epochs, batch: of every run.  rates: initial.  seeds: of parameters and data order.  save_every: in epochs."""
+    """Which runs there are, and how long they are.
+
+    Attributes:
+      epochs: passes of every run over the training data, at most.  batch: examples of an update.
+      rates: initial learning rates.  seeds: seeds of parameters and data order.
+      save_every: epochs between checkpoints.
+    """
 
     epochs: int
     batch: int

@@ -72,23 +72,36 @@ ROWS = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting of the job.
+
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      rows: names of rows of the table; None takes all.
+    """
+
+    job: str = "metaopt_table1"
+    name: str = "mnist_table1"
+    task: TaskSettings
+    grid: GridSpec
+    rows: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        known = [row.name for row in ROWS]
+        check_choices(rows=known if self.rows is None else self.rows)
+        if unknown := [name for name in self.rows or () if name not in known]:
+            raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
+
+
 @job(only=("rows",))
 def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
-    values = run.values
-    settings = build(TaskSettings, values["task"], "config.task.")
-    spec = build(GridSpec, values["grid"], "config.grid.")
-    task = open_task(settings)
+    settings = build(Settings, run.values)
+    task, spec = open_task(settings.task), settings.grid
     check_batch(task, spec)
     known = {row.name: row for row in ROWS}
-    if unknown := [name for name in values["rows"] if name not in known]:
-        raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
-    if values["rows"]:  # none: all
-        try:
-            check_choices(rows=values["rows"])
-        except ValueError as error:
-            raise ConfigError(f"config: {error}") from error
-    chosen = [known[name] for name in values["rows"]] or ROWS
+    chosen = ROWS if settings.rows is None else [known[name] for name in settings.rows]
     run.begin(0)
     for row in chosen:
         learned = _train(task, row.name, row.make, row, spec, run)

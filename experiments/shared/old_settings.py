@@ -12,10 +12,16 @@ NOT_SET: dict[str, Any] = {
     **{f"model.predictor_{n}": 0 for n in ("width", "depth", "heads")},
     **{f"probe.{n}": 0 for n in ("knn_train", "knn_test", "train_examples", "test_examples")},
     **{"optim.clip": 0.0, "train.epochs": 0.0, "train.steps": 0},
+    **dict.fromkeys(("tokens", "sample", "recent", "task.depth", "task.length", "task.examples"), 0),
+    **{"task.data_dir": "", "rows": ()},
 }  # fmt: skip
 # By job: settings of today at the values that 0.1 had without them, and settings that only 0.1 had.
-_JEPA = {"optim.warmup": 0}
-ADDED: dict[str, dict[str, Any]] = {"jepa_pretrain": _JEPA, "jepa_baselines": _JEPA}
+ADDED: dict[str, dict[str, Any]] = {
+    "jepa_pretrain": {"optim.warmup": 0},
+    "jepa_baselines": {"optim.warmup": 0},
+    "sinks_pretrain": {"optim.b1": 0.9, "optim.eps": 1e-8, "optim.schedule_scale": 1.0},
+}
+GONE: dict[str, dict[str, Any]] = {"metaopt_table1": {"methods": ()}}
 
 
 def renewed(values: Mapping[str, Any], tell: bool = False) -> dict[str, Any]:
@@ -31,13 +37,15 @@ def renewed(values: Mapping[str, Any], tell: bool = False) -> dict[str, Any]:
             )  # fmt: skip
         return None
 
-    return _each(values, change)
+    gone = GONE.get(values.get("job", ""), {})
+    return _each(values, change, lambda name, v: name in gone)
 
 
 def as_before(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config in the form of 0.1, of which rows and the parts of sweeps have the hash."""
-    added = ADDED.get(values.get("job", ""), {})
-    return _each(
+    job = values.get("job", "")
+    added = ADDED.get(job, {})
+    return GONE.get(job, {}) | _each(
         values,
         lambda name, v: NOT_SET.get(name) if v is None else v,
         lambda name, v: name in added and v == added[name],

@@ -32,17 +32,27 @@ SHOWN, TILE = 40, 24  # tokens of a map in attention.png, and in heads.png
 
 @dataclass(frozen=True)
 class Settings:
-    """See experiments/sinks/configs/attention_map.py."""
+    """What is looked at.
 
-    job: str
-    name: str
-    model: str
-    text: str
-    texts: int
-    tokens: int
-    bos: bool
-    sinks: int
-    recent: int
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      text: "embedded", "python-topics", a file, or a folder of .txt files.
+      texts: stretches of text, taken at even distances from all of it.  tokens: tokens of each.
+      bos: whether each begins with the model's first token.
+      sinks: number of sinks S of the stream.
+      recent: number of recent tokens R of the stream; None takes all, which is dense attention.
+    """
+
+    job: str = "sinks_attention_map"
+    name: str = "attention_map"
+    model: str = "smollm2-135m"
+    text: str = "embedded"
+    texts: int = 16
+    tokens: int = 128
+    bos: bool = False
+    sinks: int = 0
+    recent: int | None = None
 
     def __post_init__(self):
         if self.texts < 1 or self.tokens < max(8, self.sinks + 2):
@@ -53,7 +63,7 @@ class Settings:
 
     @property
     def spec(self) -> CacheSpec:
-        return CacheSpec(self.sinks, self.recent or self.tokens)
+        return CacheSpec(self.sinks, self.tokens if self.recent is None else self.recent)
 
 
 @job()

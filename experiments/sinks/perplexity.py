@@ -25,6 +25,7 @@ from common.results import ResultRow, config_hash, markdown_table, read_rows
 from common.train_loop import Preempted
 from common.writers import make_writer
 from common.writers import read_rows as read_metrics
+from experiments.shared.old_settings import as_before
 from experiments.shared.run import NOTHING, Run, job
 from experiments.sinks.inputs import open_model, read_documents
 from sinks import params, perplexity, stream, text
@@ -37,29 +38,48 @@ log = logging.getLogger("triptych")
 
 @dataclass(frozen=True)
 class Settings:
-    """See experiments/sinks/configs/perplexity.py."""
+    """A sweep over policies, cache sizes and sinks.
 
-    job: str
-    name: str
-    model: str
-    dtype: str
-    int8: bool
-    text: str
-    tokens: int
-    bos: bool
-    policies: tuple[str, ...]
-    cache_sizes: tuple[int, ...]
-    sinks: tuple[int, ...]
-    sample: int
-    block: int
-    chunk: int
-    save_every: int
-    seed: int
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      dtype: type of weights and cache; sums are float32.
+      int8: whether the ring is kept in 8 bits.
+      text: "embedded", a file, or a folder of .txt files, read in order of their names as one stream.
+      tokens: of the text, how many are read; None takes all.
+      bos: whether the model's first token stands before each document.
+      policies: names of sinks.policies.POLICIES.
+      cache_sizes: tokens in each cache, S + R.
+      sinks: numbers of sinks S.
+      sample: predictions per chunk of policy "recompute"; None takes all, at cache_size times the work.
+      block: tokens of a turn, of policy "evict_for_space": room is made for all of it; below cache_size - sinks.
+      chunk: tokens at a time; but for `sample`, no result depends on it.
+      save_every: chunks between checkpoints.
+      seed: seed of the places that `sample` takes.
+    """
+
+    job: str = "sinks_perplexity"
+    name: str = "perplexity"
+    model: str = "smollm2-135m"
+    dtype: str = "bfloat16"
+    int8: bool = False
+    text: str = "embedded"
+    tokens: int | None = None
+    bos: bool = True
+    policies: tuple[str, ...] = ("window", "sinks")
+    cache_sizes: tuple[int, ...] = (1024,)
+    sinks: tuple[int, ...] = (1, 2, 4, 8)
+    sample: int | None = None
+    block: int = 256
+    chunk: int = 1024
+    save_every: int = 32
+    seed: int = 0
 
     def __post_init__(self):
         check_choices(policies=self.policies, cache_sizes=self.cache_sizes, sinks=self.sinks)
-        if self.chunk < 1 or self.save_every < 1:
-            raise ValueError(f"chunk={self.chunk}, save_every={self.save_every}: at least 1")
+        for name in ("tokens", "sample", "chunk", "save_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value}: at least 1")
         list(self.sweep(10))  # refuses unknown policies and impossible sizes
 
     def sweep(self, tokens: int) -> Iterator[tuple[str, Policy]]:
@@ -90,8 +110,8 @@ def run(run: Run) -> int:
     documents = read_documents(settings.text)
     model = open_model(settings.model, settings.dtype)
     ids = text.tokens(model.tokenizer, documents, bos=settings.bos)
-    tokens = np.concatenate(ids)[: settings.tokens or None]
-    if len(tokens) < max(2, settings.tokens):
+    tokens = np.concatenate(ids)[: settings.tokens]
+    if len(tokens) < max(2, settings.tokens or 0):
         raise ConfigError(f"config.tokens={settings.tokens}: the text has {len(tokens)}")
     inputs = {
         "text_crc32": zlib.crc32(tokens.tobytes()),
@@ -158,9 +178,8 @@ def _run_one(
       Preempted: asked to stop, with the state saved.
     """
     meta = {"setting": name, "config": run.part_hash, "tokens": len(tokens)}
-    former = {k: v for k, v in run.values.items() if k != "block"} | {
-        "save_every": 0
-    }  # of older versions
+    former = as_before(run.values) | {"save_every": 0}  # as older versions had it
+    del former["block"]
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder / "checkpoints") as saver, PreemptionGuard() as guard:
         first, state, tally, filled, seconds = 0, None, Tally(), Tally(), 0.0

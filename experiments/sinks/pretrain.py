@@ -35,14 +35,14 @@ from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import TrainSpec, train
 from common.writers import make_writer, read_rows
-from experiments.shared.learned_optim import optimizer_of
+from experiments.shared.learned_optim import optimizer
 from experiments.shared.run import Run, job
 from sinks import maps, perplexity, text
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
 from sinks.perplexity import Tally
 from sinks.policies import Cached
-from sinks.recipe import LanguageModel, variant
+from sinks.recipe import LanguageModel, decays, variant
 
 log = logging.getLogger("triptych")
 BYTES = 256  # the vocabulary
@@ -50,9 +50,17 @@ BYTES = 256  # the vocabulary
 
 @dataclass(frozen=True)
 class DataSettings:
-    text: str
-    length: int
-    held_out: float
+    """The text.
+
+    Attributes:
+      text: "python-topics", "embedded", a file, or a folder of .txt files; read as bytes.
+      length: bytes of a sample.
+      held_out: last part of each text, as a share of it, for evaluation.
+    """
+
+    text: str = "python-topics"
+    length: int = 256
+    held_out: float = 0.1
 
     def __post_init__(self):
         if self.length < 8 or not 0 < self.held_out < 1:
@@ -63,19 +71,34 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    width: int
-    depth: int
-    heads: int
-    mlp_dim: int
-    rope_fraction: float
+    """A GPT-NeoX.
+
+    Attributes:
+      width: of the residual stream.  depth: number of blocks.  heads: attention heads of a block.
+      mlp_dim: inner width of the MLP.
+      rope_fraction: share of a head's dimensions that are rotated.
+    """
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    mlp_dim: int = 768
+    rope_fraction: float = 0.25
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    cache_size: int
-    sinks: tuple[int, ...]
-    tokens: int
-    chunk: int
+    """How the trained models stream.
+
+    Attributes:
+      cache_size: tokens in the cache, S + R.  sinks: numbers of sinks S.
+      tokens: bytes of the held-out text that are streamed.  chunk: bytes at a time.
+    """
+
+    cache_size: int = 256
+    sinks: tuple[int, ...] = (0, 1, 2, 4)
+    tokens: int = 20_000
+    chunk: int = 512
 
     def __post_init__(self):
         check_choices(sinks=self.sinks)
@@ -85,17 +108,23 @@ class EvaluateSettings:
         return {f"{s}+{self.cache_size - s}": CacheSpec(s, self.cache_size - s) for s in self.sinks}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """See experiments/sinks/configs/pretrain.py."""
+    """Every setting of the job.
 
-    job: str
-    name: str
-    variants: tuple[str, ...]
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      variants: names of sinks.recipe.SINK_TOKENS, each a model of its own.
+      compute: type of the products' operands, "float32" or "bfloat16".
+    """
+
+    job: str = "sinks_pretrain"
+    name: str = "pretrain"
+    variants: tuple[str, ...] = ("vanilla", "zero", "logit", "token")
     data: DataSettings
     model: ModelSettings
     optim: OptimSpec
-    compute: str
+    compute: str = "float32"
     train: TrainSpec
     mesh: MeshSpec
     evaluate: EvaluateSettings
@@ -124,14 +153,8 @@ class Settings:
             parallel_residual=True,
         )
         self.optim.lr_schedule(self.train.steps)  # refuses a warm-up that does not fit
-        return variant(
-            name,
-            neox,
-            steps=self.train.steps,
-            optim=self.optim,
-            optimizing=optimizer_of(self.optim),
-            compute=self.compute,
-        )
+        tx, log_tx = optimizer(self.optim, self.train.steps, decays)
+        return variant(name, neox, tx=tx, log=log_tx, compute=self.compute)
 
 
 @job(only=("variants", "evaluate"))

@@ -36,17 +36,28 @@ POLICIES = ("window", "sinks", "sinks_int8", "recompute")
 
 @dataclass(frozen=True)
 class Settings:
-    """See experiments/sinks/configs/speed.py."""
+    """What is measured.
 
-    job: str
-    name: str
-    model: str
-    dtype: str
-    batch: int
-    sinks: int
-    cache_sizes: tuple[int, ...]
-    policies: tuple[str, ...]
-    tokens: int
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      dtype: type of weights and cache.
+      batch: streams side by side.
+      sinks: number of sinks S.
+      cache_sizes: tokens in each cache, S + R.
+      policies: "window", "sinks", "sinks_int8" or "recompute".
+      tokens: tokens timed of each, or ten seconds of them; medians are reported.
+    """
+
+    job: str = "sinks_speed"
+    name: str = "speed"
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    batch: int = 1
+    sinks: int = 4
+    cache_sizes: tuple[int, ...] = (256, 512, 1024, 2048)
+    policies: tuple[str, ...] = POLICIES
+    tokens: int = 20
 
     def __post_init__(self):
         check_choices(policies=self.policies, cache_sizes=self.cache_sizes)

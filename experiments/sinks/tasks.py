@@ -31,17 +31,27 @@ POLICIES = ("sinks", "window", "alone")
 
 @dataclass(frozen=True)
 class Settings:
-    """What both jobs have; see experiments/sinks/configs/streameval.py and qa_stream.py."""
+    """What both jobs have.
+
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      policies: "sinks" or "window"; of questions also "alone".
+      cache_sizes: tokens in each cache, S + R.  sinks: number of sinks S.
+      samples: streams, each with a text or an order of its own.
+      chunk: tokens at a time.
+      seed: seed of the streams.
+    """
 
     job: str
     name: str
-    model: str
-    policies: tuple[str, ...]
-    cache_sizes: tuple[int, ...]
-    sinks: int
-    samples: int
-    chunk: int
-    seed: int
+    model: str = "smollm2-135m"
+    policies: tuple[str, ...] = ("sinks", "window")
+    cache_sizes: tuple[int, ...] = (512, 1024)
+    sinks: int = 4
+    samples: int = 1
+    chunk: int = 512
+    seed: int = 0
 
     def __post_init__(self):
         check_choices(policies=self.policies, cache_sizes=self.cache_sizes)
@@ -67,17 +77,40 @@ class Settings:
 
 @dataclass(frozen=True)
 class StreamEvalSettings(Settings):
-    queries: int
-    every: int
-    distances: tuple[int, ...]
-    digits: int
-    keys: str
+    """See sinks.tasks.StreamEval.
+
+    Attributes:
+      queries: questions in each text.  every: lines between two questions.
+      distances: how many lines back is asked for, in turn.
+      digits: of a register's value.
+      keys: what registers are called by, "names" or "lines".
+    """
+
+    job: str = "sinks_streameval"
+    name: str = "streameval"
+    samples: int = 2
+    queries: int = 60
+    every: int = 4
+    distances: tuple[int, ...] = (1, 2, 5, 10, 20, 40)
+    digits: int = 3
+    keys: str = "names"
 
 
 @dataclass(frozen=True)
 class QASettings(Settings):
-    questions: str
-    count: int
+    """Multiple-choice questions.
+
+    Attributes:
+      questions: "embedded", or a JSONL file, ARC's own among them.
+      count: questions in each stream.
+    """
+
+    job: str = "sinks_qa_stream"
+    name: str = "qa_stream"
+    policies: tuple[str, ...] = ("alone", "sinks", "window")
+    cache_sizes: tuple[int, ...] = (256, 1024)
+    questions: str = "embedded"
+    count: int = 148
 
 
 Texts = list[tuple[np.ndarray, tuple[tasks.Answer, ...]]]  # token ids and answers

@@ -13,8 +13,7 @@ import pytest
 
 from common.config import build
 from experiments.jepa.settings import resolve
-from experiments.metaopt import grid_job
-from experiments.metaopt.grid import GridSpec
+from experiments.metaopt import grid_job, table1
 from experiments.shared.run import hash_of
 from experiments.sinks import attention_map, perplexity, pretrain, speed, tasks
 from jepa.recipe import AddMasks
@@ -39,7 +38,7 @@ CONFIGS = {  # the arguments of each config, one at a time and the pairs that sa
     "sinks.pretrain": ("smoke",),
     "sinks.qa_stream": ("smoke", "model=x"),
     "sinks.speed": ("smoke", "model=x"),
-    "sinks.streameval": ("smoke", "model=x"),
+    "sinks.streameval": ("smoke", "model=x", "keys=lines"),
     "metaopt.charrnn": ("smoke", "epochs=2", "seeds=2"),
     "metaopt.cifar10_resnet20": ("smoke", "small", "epochs=2", "seeds=2", "small,smoke,epochs=3"),
     "metaopt.gpt": ("smoke", "epochs=2", "seeds=2"),
@@ -62,21 +61,14 @@ def resolved(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """The objects that a job works with."""
     if job == "jepa_pretrain":
         s = resolve(values)
-        parts = "name", "data", "train", "mesh", "probe", "checkpoint", "writers"
-        of_recipe = "model", "masks", "objective", "ema", "policy", "optim"
         stream = repr(s.augmentation), repr(AddMasks(s.recipe.masks, s.train.seed))
-        return {p: getattr(s, p) for p in parts} | {p: getattr(s.recipe, p) for p in of_recipe} | {
-            "crop": s.evaluation_crop, "probing": s.probe.spec(s.train.seed), "saved with the stream of data": stream
+        return {f.name: getattr(s, f.name) for f in fields(s)} | {
+            "model": s.recipe.model, "crop": s.evaluation_crop, "probing": s.probe.spec(s.train.seed),
+            "saved with the stream of data": stream,
         }  # fmt: skip
-    if job == "metaopt_grid":
-        methods, grid, task = grid_job.resolve(values)
-        names = [method.name for method in methods]
-        return {"name": values["name"], "task": task, "grid": grid, "methods": names}
-    if job == "metaopt_table1":
-        task = build(grid_job.TaskSettings, values["task"])
-        return {
-            "name": values["name"], "task": task, "grid": build(GridSpec, values["grid"]), "rows": values["rows"]
-        }  # fmt: skip
+    if job.startswith("metaopt"):
+        s = build(grid_job.Settings if job == "metaopt_grid" else table1.Settings, values)
+        return {f.name: getattr(s, f.name) for f in fields(s)}
     if job == "sinks_pretrain":
         s = build(pretrain.Settings, values)
         models = {name: s.recipe(name).model for name in s.variants}

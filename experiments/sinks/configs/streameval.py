@@ -7,28 +7,15 @@ Arguments: smoke; model=NAME; keys=names or lines. The paper asks 7B chat models
 by names.
 """
 
-from ml_collections import ConfigDict
-
 from common.config import parse_arg
+from experiments.shared.settings import to_config
+from experiments.sinks.tasks import StreamEvalSettings
 
 
 def get_config(arg: str = ""):
-    args = parse_arg(arg, smoke=False, model="smollm2-135m", keys="names")
-    return ConfigDict(
-        {
-            "job": "sinks_streameval",
-            "name": "streameval",
-            "model": args.model,
-            "policies": ("sinks", "window"),
-            "cache_sizes": (16,) if args.smoke else (512, 1024),  # S + R
-            "sinks": 4,
-            "samples": 2,  # texts, streamed as rows of one batch
-            "queries": 4 if args.smoke else 60,  # in each text
-            "every": 2 if args.smoke else 4,  # lines between two questions
-            "distances": (1, 2) if args.smoke else (1, 2, 5, 10, 20, 40),  # lines back, in turn
-            "digits": 3,
-            "keys": args.keys,  # an argument: --config.keys would be a method of ConfigDict
-            "chunk": 64 if args.smoke else 512,
-            "seed": 0,
-        }
-    )
+    config = to_config(StreamEvalSettings)
+    args = parse_arg(arg, smoke=False, model=config.model, keys=config["keys"])
+    config.update(model=args.model, keys=args.keys)  # --config.keys would be a method of ConfigDict
+    if args.smoke:
+        config.update(cache_sizes=(16,), queries=4, every=2, distances=(1, 2), chunk=64)
+    return config
