@@ -1,7 +1,7 @@
 """The jitted train step, the same for every recipe."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +85,11 @@ def make_dispatch(step: Step) -> Callable[..., tuple[TrainState, Metrics]]:
     """
 
     def dispatch(state: TrainState, inputs: tuple[dict, ...], first: jax.Array, prepare: Prepare):
-        prepared = prepare
+        prepared: Prepare = prepare
         if jax.sharding.get_abstract_mesh().explicit_axes:
-            prepared = jax.sharding.auto_axes(prepare, out_sharding=jax.P(BATCH_AXES))
+            prepared = cast(
+                Prepare, jax.sharding.auto_axes(prepare, out_sharding=jax.P(BATCH_AXES))
+            )
 
         def one(state: TrainState, numbered: tuple[jax.Array, dict]):
             i, batch = numbered

@@ -32,7 +32,7 @@ class Form:
     """
 
     tangents: Callable[..., dict[str, jax.Array]]
-    state_of: Callable[[Any], dict[str, Any]]
+    state_of: Callable[[Any], H]
     defaults: dict[str, Any]
     only: dict[str, Any]
     names: frozenset[str]
