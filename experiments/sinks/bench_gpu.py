@@ -130,17 +130,8 @@ def check(dtype: str, tolerance: float) -> Contender:
 def fast_tests() -> Contender:
     """The fast tests of sinks and metaopt on this device; which fail is said, and how many is in the row."""
     env = os.environ | {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
-    options = [
-        "-q",
-        "-n",
-        "8",
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-        "-W",
-        "default",
-        "-m",
-    ]  # conftest asks for CPU devices
+    # without the conftest, which asks for CPU devices
+    options = ["-q", "-n8", "-pno:cacheprovider", "--noconftest", "-Wdefault", "-m"]
     which = "not slow and not multiproc and not peers and not aot and not fuzz"
     command = [sys.executable, "-m", "pytest", *options, which]
     root = Path(__file__).parents[2]
