@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -158,7 +159,7 @@ class Checkpointer:
         self.wait()
         if step is None and not self.steps():
             return None
-        read = lambda step: _load(self._directory, step, abstract_state)  # noqa: E731
+        read = partial(_load, self._directory, abstract=abstract_state)
         at, state, meta = _newest_intact(self._directory, step, read)
         self._current, self._abandoned = at, [s for s in self.steps() if s > at]
         return state, meta
@@ -210,7 +211,7 @@ def restore_params(
     Raises as `Checkpointer.restore`, and FileNotFoundError where there is no checkpoint.
     """
     directory = _absolute(directory)
-    read = lambda step: _load(directory, step, abstract_params, path)  # noqa: E731
+    read = partial(_load, directory, abstract=abstract_params, path=path)
     return _newest_intact(directory, step, read)[1]
 
 

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common.full_disk import is_full
-from common.writers import read_rows
+from common.writers import read_metrics
 
 log = logging.getLogger("triptych")
 
@@ -30,7 +30,7 @@ def curves(
     path: str | os.PathLike[str],
     groups: Mapping[str, Sequence[str] | Mapping[str, str]] | None = None,
 ) -> None:
-    """Draws the rows of a `metrics.jsonl` (`common.writers.read_rows`) into a PNG.
+    """Draws the rows of a `metrics.jsonl` (`common.writers.read_metrics`) into a PNG.
 
     Args:
       rows: each with a `step` and any scalars; a series may be missing from any row.
@@ -77,7 +77,7 @@ def draw_curves(workdir: Path) -> None:
         return
     leaving_with = sys.exc_info()[1]
     try:
-        curves(read_rows(path), workdir / "curves.png")
+        curves(read_metrics(path), workdir / "curves.png")
     except Exception as error:
         if not (is_full(leaving_with) and is_full(error)):  # once is enough
             log.warning("%s is not drawn: %s", workdir / "curves.png", error)

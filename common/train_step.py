@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.metrics import Metrics, mean, total
+from common.metrics import Metrics, mean, sum_metrics
 from common.recipe import Recipe
 from common.sharding import BATCH_AXES, path_name
 from common.state import TrainState
@@ -46,7 +46,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         # batch's memory and more.
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, metrics = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
-        return jax.tree.map(lambda g: g / accumulate, grads), total(metrics)
+        return jax.tree.map(lambda g: g / accumulate, grads), sum_metrics(metrics)
 
     def step(state: TrainState, batch: dict, expected: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)

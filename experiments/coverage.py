@@ -28,7 +28,7 @@ from typing import Any
 
 from common.flops import PEAK_FLOPS
 from common.results import markdown_table
-from common.writers import read_rows
+from common.writers import read_metrics
 from experiments.shared.published import Published, published
 from experiments.shared.tables import HERE
 
@@ -115,7 +115,7 @@ def _rows(results: Path, which: str) -> list[dict[str, Any]]:
         seen = {k: (row | row.get("overrides", {})).get(k) for k in wanted}
         return wanted == {k: f"{v:g}" if isinstance(v, float) else str(v) for k, v in seen.items()}
 
-    rows = [row for row in read_rows(results / file) if fits(row)]
+    rows = [row for row in read_metrics(results / file) if fits(row)]
     if not rows:
         raise ValueError(f"{results / file} has no row with {keys}")
     return rows

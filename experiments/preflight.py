@@ -116,7 +116,8 @@ def check(config: dict[str, Any], topology: str) -> Report:
         )
         flops = traced_flops(step, state, batch, expected)
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None  # a TPU's compiler gives both
     return Report(
         config=settings.name,
         topology=topology,
@@ -128,7 +129,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
         hbm_gib=HBM_GIB[chip],
         flops=flops,
         seconds_at_peak=flops / (PEAK_FLOPS[KINDS[chip]] * len(devices)),
-        collectives=count_collectives(compiled.as_text()),
+        collectives=count_collectives(hlo),
         compile_seconds=seconds,
         config_hash=config_hash(as_before(config)),
         libtpu=importlib.metadata.version("libtpu"),

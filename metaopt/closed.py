@@ -4,13 +4,14 @@ Each rule is one function of a single array: given what the optimizer holds now,
 the keywords that are learned. Only `Form.without_gradient` keywords can do without a copy of the last gradient.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import Params
 
 from metaopt.rule import Rule, Values, real
 
@@ -67,7 +68,7 @@ def _adam(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
     t = jnp.maximum(leaf["t"], 1).astype(jnp.result_type(lr))
     # w = (1 - lr wd) w_prev - lr direction is solved for w_prev; `off_one` sees to it that it can be.
     left = 1 - lr * wd
-    if w is not None:
+    if decays is not None:  # there are parameters
         least = near_one(w.dtype) / 2
         left = jnp.where(jnp.abs(left) < least, jnp.copysign(least, left), left)
     grow = 1 / left
@@ -123,17 +124,20 @@ def _adagrad(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
     return {name: forms[name]() for name in names}
 
 
+def _adam_state(state: Any) -> H:
+    return {"t": state[0].count, "m": state[0].mu, "v": state[0].nu}
+
+
 _ADAM = {"learning_rate": None, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
-_ADAM_STATE = lambda s: {"t": s[0].count, "m": s[0].mu, "v": s[0].nu}  # noqa: E731
 _PLAIN_ADAM = {"mu_dtype": None, "nesterov": False}
 
 FORMS: dict[Any, Form] = {
     optax.adam: Form(
-        _adam, _ADAM_STATE, _ADAM, _PLAIN_ADAM,
+        _adam, _adam_state, _ADAM, _PLAIN_ADAM,
         frozenset({"learning_rate", "b1", "b2", "eps"}), frozenset({"learning_rate", "eps"}),
     ),
     optax.adamw: Form(
-        _adam, _ADAM_STATE, {**_ADAM, "weight_decay": 1e-4, "mask": None}, _PLAIN_ADAM,
+        _adam, _adam_state, {**_ADAM, "weight_decay": 1e-4, "mask": None}, _PLAIN_ADAM,
         frozenset({"learning_rate", "b1", "b2", "eps", "weight_decay"}), frozenset({"learning_rate", "eps", "weight_decay"}),
     ),
     optax.sgd: Form(
@@ -153,7 +157,7 @@ FORMS: dict[Any, Form] = {
 }  # fmt: skip
 
 
-def find_form(factory: Any, constants: H, learned: Any) -> tuple[Form, bool] | None:
+def find_form(factory: Any, constants: H, learned: Iterable[str]) -> tuple[Form, bool] | None:
     """(form, whether it needs the last gradient) of a factory called with these keywords; None if there is none."""
     form = FORMS.get(factory)
     if form is None or not set(learned) <= form.names:
@@ -169,7 +173,7 @@ def find_form(factory: Any, constants: H, learned: Any) -> tuple[Form, bool] | N
     return form, not set(learned) <= form.without_gradient
 
 
-def decay_mask(constants: H, params: Any) -> list[bool]:
+def decay_mask(constants: H, params: Params) -> list[bool]:
     """Which leaves weight decay applies to."""
     mask = constants.get("mask")
     if mask is None:
@@ -185,7 +189,7 @@ def near_one(dtype: Any) -> float:
     return float(jnp.finfo(real(dtype)).eps) ** 0.5
 
 
-def off_one(rule: Rule, raw: Values, count: jax.Array, params: Any) -> Values:
+def off_one(rule: Rule, raw: Values, count: jax.Array, params: Params | None) -> Values:
     """Raw values with rate times decay kept off 1, where AdamW's update would leave nothing of the weights to solve for.
 
     The update itself then takes the other value, so what is differentiated is what was done; the rate (or the decay, if only

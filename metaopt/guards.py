@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from optax import Params, Updates
 
 from metaopt.rule import Row, Rule, Values, named, row
 
@@ -118,6 +119,7 @@ class Guards:
             raise TypeError(
                 f"Guards(rollback={self.rollback!r}): give Rollback(), or None for none"
             )
+        assert self.max_move is not None and self.settle is not None  # refused above
         # Written so that NaN is refused, too.
         if not (self.max_change >= 0 and self.max_move >= 0):
             raise ValueError(
@@ -136,7 +138,7 @@ class Guards:
 class RollbackState(NamedTuple):
     """The snapshot, and running averages of the loss: fast and slow, mean deviation, how many updates they hold."""
 
-    snapshot: Any
+    snapshot: Params
     fast: jax.Array
     slow: jax.Array
     deviation: jax.Array
@@ -162,12 +164,13 @@ class GuardState(NamedTuple):
     dropped: jax.Array
 
 
-def init_guards(guards: Guards, rule: Rule, raw: Values, params: Any) -> GuardState:
+def init_guards(guards: Guards, rule: Rule, raw: Values, params: Params) -> GuardState:
     dtype, back = rule.dtype(params), ()
     if guards.rollback:
         # An array of its own for each: a buffer can be donated only once.
-        zeros = (jnp.zeros((), dtype) for _ in range(3))
-        back = RollbackState(jax.tree.map(jnp.copy, params), *zeros, jnp.zeros((), jnp.int32))
+        fast, slow, deviation = (jnp.zeros((), dtype) for _ in range(3))
+        snapshot = jax.tree.map(jnp.copy, params)
+        back = RollbackState(snapshot, fast, slow, deviation, jnp.zeros((), jnp.int32))
     return GuardState(
         mean_square=row(jax.tree.map(jnp.zeros_like, raw)) if guards.normalize else (),
         seen=jnp.zeros((), jnp.int32),
@@ -192,7 +195,7 @@ def counted(guards: Guards, state: GuardState, signals: Values) -> tuple[Values,
     return signals, state._replace(skipped=skipped)
 
 
-def taken(state: GuardState, steps: Values, new: Any, old: Any) -> tuple[Values, Any, GuardState]:
+def taken(state: GuardState, steps: Updates, new: Any, old: Any) -> tuple[Updates, Any, GuardState]:
     """(steps, state of the upper optimizer, state): nothing moves where a step is not finite."""
     good = finite(steps)
     steps = jax.tree.map(lambda s: jnp.where(good, s, 0), steps)
@@ -253,7 +256,12 @@ def any_nonzero(tree: Any) -> jax.Array:
 
 
 def shortening(
-    guards: Guards, rule: Rule, updates: Any, params: Any, count: jax.Array, axis_name: Any
+    guards: Guards,
+    rule: Rule,
+    updates: Updates,
+    params: Params | None,
+    count: jax.Array,
+    axis_name: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """(the factor in [0, 1] that keeps update `count` (from 0) within `max_move` of the parameters' norm, whether all
     updates are finite)."""
@@ -274,6 +282,7 @@ def shortening(
         sums = jnp.stack([jnp.asarray(x, dtype) for x in sums])
         return jnp.sqrt(sums if axis_name is None else jax.lax.psum(sums, axis_name))
 
+    assert guards.max_move is not None and guards.settle is not None  # they are filled
     plain = norms(1.0)
     overflows = ~jnp.isfinite(plain)
     again = jax.lax.cond(jnp.any(overflows), lambda: norms(unit), lambda: jnp.zeros_like(plain))
@@ -288,7 +297,7 @@ def shortening(
 
 
 def watch_loss(
-    rollback: Rollback, state: RollbackState, value: Any, params: Any
+    rollback: Rollback, state: RollbackState, value: Any, params: Params | None
 ) -> tuple[jax.Array, RollbackState]:
     """(whether the loss jumped, new averages and snapshot); `value` is the loss at `params`."""
     if value is None:
@@ -319,7 +328,7 @@ def watch_loss(
     return jumped, jax.tree.map(lambda b, w: jnp.where(jumped, b, w), back, watched)
 
 
-def back_to(snapshot: Any, params: Any, like: Any) -> Any:
+def back_to(snapshot: Params, params: Params, like: Updates) -> Updates:
     """The updates that lead from the parameters to the snapshot."""
     return jax.tree.map(lambda s, p, u: (s - p).astype(u.dtype), snapshot, params, like)
 

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import OptState, Params, Updates
 
 from metaopt import guards as guarding
 from metaopt.guards import Guards
 from metaopt.pack import Packed, packed
 from metaopt.rule import Row, Rule, Values, make_rule, named, needs_value, row
-from metaopt.signals import Method, Trace, choose, pack_sum, refuse_unkept, scaled
+from metaopt.signals import Mode, Trace, choose, pack_sum, refuse_unkept, scaled
 
 
 class HyperState(NamedTuple):
@@ -34,7 +35,7 @@ class HyperState(NamedTuple):
     used: Row
     raws: Row
     slopes: Row
-    base: Any
+    base: OptState
     by: Packed
     memory: Any
     guard: guarding.GuardState
@@ -91,21 +92,21 @@ def hyper(
     """
     level = _level(factory, kwargs, by, guards, mode, trace, axis_name)
 
-    def init(params: Any) -> HyperState:
+    def init(params: Params) -> HyperState:
         return _init(level, params)
 
     def update(
-        grads: Any,
-        state: HyperState,
-        params: Any = None,
+        updates: Updates,
+        state: Any,
+        params: Params | None = None,
         *,
         value: Any = None,
-        hyper_cotangent: Any = None,
+        hyper_cotangent: Updates | None = None,
         **extra: Any,
-    ) -> tuple[Any, HyperState]:
+    ) -> tuple[Updates, HyperState]:
         if value is not None:
             extra["value"] = value
-        return _update(level, grads, state, params, hyper_cotangent, extra)
+        return _update(level, updates, state, params, hyper_cotangent, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -115,7 +116,7 @@ class _Level:
     """One optimizer and what learns its hyperparameters."""
 
     rule: Rule
-    method: Method
+    method: Mode
     upper: optax.GradientTransformationExtraArgs
     guards: Guards
     trace: Trace
@@ -124,7 +125,7 @@ class _Level:
 
 
 def _level(
-    factory: Any, kwargs: Any, by: Any, guards: Any, mode: str, trace: Any, axis_name: Any
+    factory: Any, kwargs: dict, by: Any, guards: Any, mode: str, trace: Trace, axis_name: Any
 ) -> _Level:
     """What `hyper` was given, or why it cannot be."""
     if not (callable(getattr(by, "init", None)) and callable(getattr(by, "update", None))):
@@ -141,7 +142,7 @@ def _level(
     return _Level(rule, method, packed(by), guards, trace, axis_name, reads_value)
 
 
-def _init(level: _Level, params: Any) -> HyperState:
+def _init(level: _Level, params: Params) -> HyperState:
     rule = level.rule
     for path, x in jax.tree.flatten_with_path(params)[0]:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -159,7 +160,7 @@ def _init(level: _Level, params: Any) -> HyperState:
         raws=row(raw),
         slopes=row(jax.tree.map(jnp.zeros_like, raw)),
         base=rule.init(params),
-        by=level.upper.init(raw),
+        by=cast(Packed, level.upper.init(raw)),
         memory=level.method.init(rule, params),
         guard=guarding.init_guards(level.guards, rule, raw, params),
         moved=jnp.zeros((), bool),
@@ -167,7 +168,7 @@ def _init(level: _Level, params: Any) -> HyperState:
     return _of_its_own(state, params)
 
 
-def _of_its_own(state: Any, params: Any) -> Any:
+def _of_its_own(state: HyperState, params: Params) -> HyperState:
     """The state with every array a buffer of its own, so that a train step can donate it together with the parameters."""
     seen = {id(x) for x in jax.tree.leaves(params)}
 
@@ -181,8 +182,13 @@ def _of_its_own(state: Any, params: Any) -> Any:
 
 
 def _update(
-    level: _Level, grads: Any, state: HyperState, params: Any, hyper_cotangent: Any, extra: dict
-) -> tuple[Any, HyperState]:
+    level: _Level,
+    grads: Updates,
+    state: HyperState,
+    params: Params | None,
+    hyper_cotangent: Updates | None,
+    extra: dict,
+) -> tuple[Updates, HyperState]:
     """(updates, state). 1. How the loss would have changed with the last update's hyperparameters: [du/dh]^T g."""
     rule, method, guards = level.rule, level.method, level.guards
     if params is not None:
@@ -198,7 +204,7 @@ def _update(
     signals = method.signal(rule, cotangent, state.memory, state.raw, last, state.base, params)
     signals = pack_sum(signals, level.axis_name)
 
-    def advance(grads: Any) -> tuple[Any, HyperState]:
+    def advance(grads: Updates) -> tuple[Updates, HyperState]:
         return _advance(level, grads, _above(level, signals, state), state, params, extra)
 
     if guards.skip_nonfinite:
@@ -213,7 +219,7 @@ def _update(
         known_loss = guarding.finite(extra["value"]) if read else jnp.ones((), bool)
         stopped = guarding.dropped(state.guard, good & ~known_loss)
 
-        def stay(grads: Any) -> tuple[Any, HyperState]:
+        def stay(grads: Updates) -> tuple[Updates, HyperState]:
             return jax.tree.map(jnp.zeros_like, grads), state._replace(guard=stopped)
 
         # As an operand, and not closed over: then zeros like them lie as they do, on an Explicit mesh without jit, too.
@@ -223,6 +229,7 @@ def _update(
     if guards.rollback:
         old = state.guard.rollback
         jumped, back = guarding.watch_loss(guards.rollback, old, extra.get("value"), params)
+        assert params is not None  # refused above
         home = guarding.back_to(back.snapshot, params, updates)
         updates = guarding.select(jumped, home, updates)
         new = guarding.select(jumped, _restarted(level, new, params), new)
@@ -263,12 +270,12 @@ def _above(level: _Level, signals: Values, state: HyperState) -> _Above:
 
 def _advance(
     level: _Level,
-    grads: Any,
+    grads: Updates,
     above: _Above,
     state: HyperState,
-    params: Any,
+    params: Params | None,
     extra: dict,
-) -> tuple[Any, HyperState]:
+) -> tuple[Updates, HyperState]:
     """3. The base optimizer moves the parameters, with the new values."""
     rule, method, guards, count = level.rule, level.method, level.guards, state.updates
     raw = above.raw
@@ -304,7 +311,7 @@ def _advance(
     )
 
 
-def _restarted(level: _Level, new: HyperState, params: Any) -> HyperState:
+def _restarted(level: _Level, new: HyperState, params: Params) -> HyperState:
     """The state after a return to the snapshot: a lower rate, and a fresh base optimizer, since its averages hold the
     gradients of the explosion."""
     rule, guards, raw = level.rule, level.guards, new.raw

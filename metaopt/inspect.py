@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
+from optax import OptState
 
 from metaopt.guards import OF_PEAK
 from metaopt.hyper import HyperState
@@ -13,7 +15,7 @@ from metaopt.signals import ClosedMemory, ReplayMemory
 MODES = {ClosedMemory: "closed", ReplayMemory: "replay"}
 
 
-def towers(opt_state: Any) -> dict[str, list[HyperState]]:
+def towers(opt_state: OptState) -> dict[str, list[HyperState]]:
     """Every tower in an optimizer state, its levels from the lowest up. Raises ValueError if there is none.
 
     Names are the labels that lead there (`optax.partition`'s), with "/" between; "" if there is one tower.
@@ -48,12 +50,12 @@ def _names(paths: list[Any]) -> list[str]:
     return names
 
 
-def levels(opt_state: Any) -> list[HyperState]:
+def levels(opt_state: OptState) -> list[HyperState]:
     """Every level of the first tower in an optimizer state, the lowest first. Raises ValueError if there is none."""
     return next(iter(towers(opt_state).values()))
 
 
-def learned(opt_state: Any) -> dict[str, jax.Array]:
+def learned(opt_state: OptState) -> dict[str, jax.Array]:
     """What is learned, by name. Works inside jit, and on a state that contains towers anywhere (chain, MultiSteps, masked).
 
       learning_rate            the value in the last update; the same for every keyword that is learned
@@ -88,7 +90,7 @@ def _level(level: HyperState) -> dict[str, jax.Array]:
     return seen | {f"of_peak/{name.removeprefix(OF_PEAK)}": v for name, v in of_peak.items()}
 
 
-def describe(opt_state: Any) -> str:
+def describe(opt_state: OptState) -> str:
     """A line for each level: what it learns, how its signal is had, the extra memory, and, of a state with numbers in it,
     what was never judged. Takes abstract states, too."""
     lines = []
@@ -110,7 +112,7 @@ def _skipped(level: HyperState) -> str:
     counts["updates of the parameters"] = level.guard.dropped
     if not all(isinstance(n, (jax.Array, np.ndarray)) for n in (*counts.values(), level.updates)):
         return ""
-    if any(isinstance(n, jax.core.Tracer) for n in counts.values()):
+    if any(isinstance(n, Tracer) for n in counts.values()):
         return ""
     total = int(np.max(level.updates + level.guard.dropped))
     some = [
@@ -121,7 +123,10 @@ def _skipped(level: HyperState) -> str:
 
 def _bare(tree: Any) -> Any:
     """Arrays without what a library has put around each (flax.nnx.Optimizer does)."""
-    around = lambda x: callable(getattr(x, "__jax_array__", None))  # noqa: E731
+
+    def around(x):
+        return callable(getattr(x, "__jax_array__", None))
+
     return jax.tree.map(lambda x: x.__jax_array__() if around(x) else x, tree, is_leaf=around)
 
 

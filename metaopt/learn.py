@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,14 @@ def _number(init: Any) -> float:
             f"learn({getattr(init, '__name__', init)}): only a real number can be learned, not a function; "
             "learn(1.0, schedule=...) learns the factor in front of a schedule"
         )
-    if isinstance(init, jax.core.Tracer):
+    if isinstance(init, Tracer):
         raise TypeError(
             f"learn({init}): the initial value must be known when the optimizer is made, but it is traced here; "
             "make the optimizer outside jit, vmap and inject_hyperparams"
         )
-    kind = getattr(init, "dtype", np.dtype(type(init)) if isinstance(init, (int, float)) else None)
-    real = kind is not None and jnp.issubdtype(kind, jnp.number) and np.ndim(init) == 0
+    kind = np.dtype(type(init) if isinstance(init, (int, float)) else object)
+    kind = getattr(init, "dtype", kind)
+    real = jnp.issubdtype(kind, jnp.number) and np.ndim(init) == 0
     if isinstance(init, (bool, str)) or not real or jnp.issubdtype(kind, jnp.complexfloating):
         raise TypeError(
             f"learn({init!r}): only a real number can be learned, not {type(init).__name__}; leave other keywords "

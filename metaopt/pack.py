@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import Params, Updates
 
 Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -25,6 +26,9 @@ class _Arrays(NamedTuple):
 class _Layout(type):
     """Of a `Packed`: which tree it holds is a matter of its class. A named tuple of arrays is what every way of saving
     knows, flax.serialization and orbax included."""
+
+    structure: Any
+    leaves: Leaves
 
 
 class Packed(_Arrays, metaclass=_Layout):
@@ -116,11 +120,13 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     """`tx` with a state of few arrays."""
     tx = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> Packed:
+    def init(params: Params) -> Packed:
         return pack(tx.init(params))
 
-    def update(grads: Any, state: Packed, params: Any = None, **extra: Any) -> tuple[Any, Packed]:
-        updates, new = tx.update(grads, state.unpack(), params, **extra)
+    def update(
+        updates: Updates, state: Any, params: Params | None = None, **extra: Any
+    ) -> tuple[Updates, Packed]:
+        updates, new = tx.update(updates, state.unpack(), params, **extra)
         return updates, pack(new)
 
     return optax.GradientTransformationExtraArgs(init, update)

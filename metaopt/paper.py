@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from optax import OptState, Params
 
 from metaopt.hyper import hyper
 from metaopt.learn import learn
@@ -106,8 +107,9 @@ def _adam(learning_rate: Any, b1: Any, b2: Any, eps: float) -> Tx:
     """optax.adam whose second moment starts at eps instead of 0, as the package's does."""
     tx = optax.adam(learning_rate, b1=b1, b2=b2, eps=eps)
 
-    def init(params):
-        first, *rest = tx.init(params)
+    def init(params: Params) -> OptState:
+        state: Any = tx.init(params)
+        first, *rest = state
         nu = jax.tree.map(lambda v: jnp.full_like(v, eps), first.nu)
         return (first._replace(nu=nu), *rest)
 

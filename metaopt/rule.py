@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import OptState, Params, Updates
 
 from metaopt.learn import Learn
 
@@ -41,7 +42,7 @@ class Rule:
 
     # Groups: the arrays that share a value.
 
-    def groups(self, tree: Any) -> tuple[int, list[int]]:
+    def groups(self, tree: Params) -> tuple[int, list[int]]:
         """(number of groups, the group of each leaf) of the keywords that have a scope."""
         scopes = [spec.scope for spec in self.learned.values() if not _is_global(spec.scope)]
         n = len(jax.tree.leaves(tree))
@@ -62,12 +63,12 @@ class Rule:
         names = sorted(set(labels[:n]), key=str)
         return len(names), [names.index(label) for label in labels[:n]]
 
-    def of_leaves(self, values: Values, tree: Any) -> list[Values]:
+    def of_leaves(self, values: Values, tree: Params) -> list[Values]:
         """The values that each leaf of `tree` sees."""
         _, group = self.groups(tree)
         return [{name: v[g] if v.ndim else v for name, v in values.items()} for g in group]
 
-    def reduce(self, per_leaf: Mapping[str, list[jax.Array]], tree: Any) -> Values:
+    def reduce(self, per_leaf: Mapping[str, list[jax.Array]], tree: Params) -> Values:
         """Sums numbers of leaves to the shape of the values."""
         n, group = self.groups(tree)
         sums = {}
@@ -83,11 +84,11 @@ class Rule:
 
     # Values.
 
-    def dtype(self, tree: Any) -> Any:
+    def dtype(self, tree: Params) -> Any:
         """Of hyperparameters: float32, whatever the parameters are, or float64 next to float64 ones. Real numbers."""
         return jnp.result_type(jnp.float32, *(real(x.dtype) for x in jax.tree.leaves(tree)))
 
-    def init_raw(self, params: Any) -> Values:
+    def init_raw(self, params: Params) -> Values:
         n, _ = self.groups(params)
         return {
             name: jnp.full(
@@ -124,15 +125,20 @@ class Rule:
 
     # The optimizer.
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Params) -> OptState:
         return self.built({name: spec.init for name, spec in self.learned.items()}).init(params)
 
     def apply(
-        self, values: Values, grads: Any, state: Any, params: Any, extra: Mapping[str, Any]
-    ) -> tuple[Any, Any]:
+        self,
+        values: Values,
+        grads: Updates,
+        state: OptState,
+        params: Params | None,
+        extra: Mapping[str, Any],
+    ) -> tuple[Updates, OptState]:
         """(updates, new state), of the types that plain optax gives them."""
 
-        def updated(values: Mapping[str, Any]) -> tuple[Any, Any]:
+        def updated(values: Mapping[str, Any]) -> tuple[Updates, OptState]:
             update = optax.with_extra_args_support(self.built(values)).update
             updates, new = update(grads, state, params, **extra)
             return _cast_like(updates, grads), _cast_like(new, state)
@@ -149,7 +155,10 @@ class Rule:
             self.built({name: spec.init for name, spec in self.learned.items()}),
             lambda _, g: g, state, group_tree, transform_non_params=lambda _: 0,
         )  # fmt: skip
-        pick = lambda g, *options: options[g]  # noqa: E731
+
+        def pick(g, *options):
+            return options[g]
+
         updates = jax.tree.map(pick, group_tree, *(u for u, _ in results))
         return updates, jax.tree.map(pick, group_of_state, *(s for _, s in results))
 
@@ -173,7 +182,9 @@ def _cast_like(new: Any, old: Any) -> Any:
     )
 
 
-def make_rule(factory: Any, kwargs: Mapping[str, Any]) -> Rule:
+def make_rule(
+    factory: Callable[..., optax.GradientTransformation], kwargs: Mapping[str, Any]
+) -> Rule:
     """Splits keywords into constants and learned ones, and refuses what cannot work (see `hyper`)."""
     if isinstance(factory, tuple):
         raise TypeError(
@@ -210,9 +221,7 @@ def make_rule(factory: Any, kwargs: Mapping[str, Any]) -> Rule:
                 f"{keyword}={spec.init:g}"
             )
     rule = Rule(factory, constants, learned)
-    if (
-        not open_ended
-    ):  # keywords that are the names of a model's arrays say nothing about other shapes
+    if not open_ended:  # the names of a model's arrays say nothing about other shapes
         _probe(rule, name)
     return rule
 

@@ -13,6 +13,7 @@ No derivative of the model but g, which the train step has anyway. Three ways to
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
+from optax import OptState, Params, Updates
 
 from metaopt.closed import decay_mask, find_form, off_one
 from metaopt.guards import parts_of
@@ -86,7 +88,7 @@ class Trace:
 
 
 class ClosedMemory(NamedTuple):
-    grads: Any  # () where no copy is needed
+    grads: Updates  # () where no copy is needed
 
 
 class TangentMemory(NamedTuple):
@@ -94,21 +96,21 @@ class TangentMemory(NamedTuple):
 
 
 class ReplayMemory(NamedTuple):
-    grads: Any
-    base: Any
-    params: Any  # () where the rule reads none
+    grads: Updates
+    base: OptState
+    params: Params  # () where the rule reads none
     value: Any  # the loss; () where the rule reads none
 
 
 class Step(NamedTuple):
     """One update of the base rule, before guards."""
 
-    updates: Any
-    base: Any
+    updates: Updates
+    base: OptState
     memory: Any
 
 
-class Method(Protocol):
+class Mode(Protocol):
     """How du/dh is had. `raw`, `count` are those of the update that the memory is about."""
 
     @property
@@ -116,21 +118,37 @@ class Method(Protocol):
         """Whether a NaN in any number of the cotangent makes each signal that it belongs to NaN."""
         ...
 
-    def init(self, rule: Rule, params: Any) -> Any: ...
+    def init(self, rule: Rule, params: Params) -> Any: ...
 
-    def settled(self, rule: Rule, raw: Values, count: jax.Array, params: Any) -> Values:
+    def settled(self, rule: Rule, raw: Values, count: jax.Array, params: Params | None) -> Values:
         """Raw values as update `count` takes them: where the method needs some room, a little off."""
         ...
 
     def step(
-        self, rule: Rule, raw: Values, count: jax.Array, grads, base, params, extra
+        self,
+        rule: Rule,
+        raw: Values,
+        count: jax.Array,
+        grads: Updates,
+        base: OptState,
+        params: Params | None,
+        extra: Mapping[str, Any],
     ) -> Step: ...
 
     def shortened(self, memory: Any, factor: jax.Array) -> Any:
         """The memory of an update that, with its rate, was multiplied by `factor`."""
         ...
 
-    def signal(self, rule: Rule, cotangent, memory, raw: Values, count, base, params) -> Values:
+    def signal(
+        self,
+        rule: Rule,
+        cotangent: Updates,
+        memory: Any,
+        raw: Values,
+        count: jax.Array,
+        base: OptState,
+        params: Params | None,
+    ) -> Values:
         """d loss / d raw, not yet summed over devices."""
         ...
 
@@ -260,7 +278,13 @@ class Replay:
 
 
 def refuse_unkept(
-    method: Method, rule: Rule, values: Values, grads: Any, base: Any, params: Any, extra: Any
+    method: Mode,
+    rule: Rule,
+    values: Values,
+    grads: Updates,
+    base: OptState,
+    params: Params | None,
+    extra: Mapping[str, Any],
 ) -> None:
     """Raises ValueError if the update reads an extra argument that `Replay` cannot keep until the next update."""
     if not isinstance(method, Replay):
@@ -301,7 +325,7 @@ def refuse_unkept(
         )
 
 
-def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Method:
+def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Mode:
     """The method `mode` names; "auto" takes the one with the least memory, closed forms first."""
     if mode not in ("auto", "closed", "tangent", "replay"):
         raise ValueError(f'mode={mode!r}: give "auto", "closed", "tangent" or "replay"')
@@ -343,10 +367,10 @@ def scaled(factor: jax.Array, tree: Any) -> Any:
 def _dot(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """The sum of Re(conj(a) b)."""
     pairs = zip(parts_of(a), parts_of(b))  # the other's imaginary part meets nothing if one is real
-    return sum((total(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
+    return sum((sum_all(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
 
 
-def total(x: jax.Array) -> jax.Array:
+def sum_all(x: jax.Array) -> jax.Array:
     """The sum of an array. XLA's CPU compiler adds one number at a time, but multiplies matrices in vectors."""
     if x.ndim == 0:
         return x

@@ -101,18 +101,19 @@ def abstract(
     """The cache as shapes."""
     G, K, S, R = config.kv_heads, config.head_dim, spec.sinks, spec.recent
     dtype = jnp.dtype(spec.dtype)
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:  # would be float32 without a word
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):  # would be float32 without a word
         raise ValueError("cache dtype 'float64' needs JAX's 64-bit mode: jax.enable_x64(True)")
+    shape: Any = jax.ShapeDtypeStruct  # in the places of arrays
     rows = (config.depth, batch, G)
-    sink = jax.ShapeDtypeStruct((*rows, S, K), dtype)
+    sink = shape((*rows, S, K), dtype)
     lead = rows if stacked else rows[1:]
-    slot = jax.ShapeDtypeStruct((*lead, R, K), jnp.dtype(jnp.int8) if spec.int8 else dtype)
+    slot = shape((*lead, R, K), jnp.dtype(jnp.int8) if spec.int8 else dtype)
     layer = {"k": slot, "v": slot}
     if spec.int8:
-        scale = jax.ShapeDtypeStruct((*lead, R), jnp.dtype(jnp.float32))
+        scale = shape((*lead, R), jnp.dtype(jnp.float32))
         layer |= {"k_scale": scale, "v_scale": scale}
     ring = layer if stacked else (layer,) * config.depth
-    count = jax.ShapeDtypeStruct((batch,), jnp.dtype(jnp.int32))
+    count = shape((batch,), jnp.dtype(jnp.int32))
     return Cache({"sink_k": sink, "sink_v": sink}, ring, count, count, spec)
 
 

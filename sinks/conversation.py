@@ -67,7 +67,7 @@ class Conversation:
 
     def new(self) -> None:
         """Forgets everything."""
-        self.dialog = templates.begin(self.model.tokenizer, self.system)
+        self.dialog = templates.new_dialog(self.model.tokenizer, self.system)
         self._unread: list[int] = []  # shown, but not yet fed to the model
         self._turns: list[int] = []  # where the remembered turns begin
         self._stamps: set[str] = set()  # of the saved states that this stream has gone through

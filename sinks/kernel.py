@@ -65,9 +65,9 @@ def mix(
     sink_j = _pad(sink_j, 1, S, NOWHERE)[:, None]
     # Not padded, which would copy the ring: what the last block reads beyond its end is masked.
     recent_j = _pad(recent_j, 1, M, NOWHERE)[:, None]
-    scales = tuple(x[:, :, None] for x in scales or ())
+    by_slot = [x[:, :, None] for x in scales or ()]
 
-    in_specs, row = _blocks(rows, keys, S, K, len(scales))
+    in_specs, row = _blocks(rows, keys, S, K, len(by_slot))
     order = ("parallel", "parallel", "parallel", "arbitrary")
     out = pl.pallas_call(
         partial(_kernel, sinks, recent_k.shape[2], K**-0.5),
@@ -78,7 +78,7 @@ def mix(
         scratch_shapes=[pltpu.VMEM((rows, w), jnp.float32) for w in (LANES, LANES, K)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=order),
         interpret=interpret,
-    )(*q, *times, *per_head, *sink_kv, sink_j, recent_k, recent_v, recent_j, *scales)
+    )(*q, *times, *per_head, *sink_kv, sink_j, recent_k, recent_v, recent_j, *by_slot)
     return out[:, :, : Q * T].reshape(B, G, Q, T, K)
 
 

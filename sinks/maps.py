@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sinks import models
 from sinks.cache import CacheSpec
@@ -27,8 +28,8 @@ class Maps(NamedTuple):
       no_key_LHT: that rest, zeros in models without.
     """
 
-    weight_LHTT: jax.Array
-    no_key_LHT: jax.Array
+    weight_LHTT: jax.Array | np.ndarray
+    no_key_LHT: jax.Array | np.ndarray
 
 
 @partial(jax.jit, static_argnums=(0, 2))
@@ -97,7 +98,7 @@ def _run(
     return jax.lax.scan(one_block, x_BTD, params["blocks"])
 
 
-def sink_share(maps: Maps, sinks: int, first: int) -> jax.Array:
+def sink_share(maps: Maps, sinks: int, first: int) -> jax.Array | np.ndarray:
     """How much of their attention queries from `first` on give the first `sinks` tokens, and no token: [L, H].
 
     Queries before `first` see little but the sinks. Raises ValueError where no query is left.

@@ -29,7 +29,7 @@ BLOCK = 256  # tokens of a turn, where a text has none
 UNEMBED_ROWS = 128  # tokens whose logits exist at a time
 
 
-class Policy(Protocol):
+class CachePolicy(Protocol):
     """Scores a stream chunk by chunk. Implementations are frozen and hashable: static arguments of one jitted step.
 
     Attributes:
@@ -145,7 +145,7 @@ def make_policy(
     sample: int | None = None,
     block: int = BLOCK,
     **spec: Any,
-) -> Policy:
+) -> CachePolicy:
     """A policy by name, with a cache of `cache_size` tokens in all (S + R), as the paper writes "4+1020".
 
     Args:
@@ -204,7 +204,7 @@ def token_nll(
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def score_chunk(
     config: ModelConfig,
-    policy: Policy,
+    policy: CachePolicy,
     params: Params,
     state: Any,
     tokens_T: jax.Array,

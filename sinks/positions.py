@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from sinks.config import ModelConfig
 
@@ -76,7 +77,7 @@ def frequencies(config: ModelConfig) -> np.ndarray:
     return keep * angles + (1 - keep) * angles / scaling.factor
 
 
-def rotation(config: ModelConfig, t: jax.Array, dtype: jnp.dtype) -> Rotation:
+def rotation(config: ModelConfig, t: jax.Array, dtype: DTypeLike) -> Rotation:
     """The rotation of position t (int32, any shape), [..., P].
 
     Angles are integers: 64-bit fractions of a turn, multiplied modulo one turn. They are as exact at t = 2^30 as at

@@ -136,7 +136,9 @@ def unembed(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     return models.family(config).unembed(config, params, x_BTD)
 
 
-def _run_blocks(config: ModelConfig, params: Params, spec: CacheSpec, plan, cache, x_BTD):
+def _run_blocks(
+    config: ModelConfig, params: Params, spec: CacheSpec, plan, cache, x_BTD
+) -> tuple[jax.Array, Any]:
     block = models.family(config).block
 
     def one_block(x_BTD, p_and_layer):
@@ -232,12 +234,12 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
     """Feeds one token per row and draws the next, int32 [B]. The cache is donated."""
     check_unused(cache)
-    next_B, kept = _draw(config, params, cache, token_B, key, sampling)
+    next_B, kept = _sample_next(config, params, cache, token_B, key, sampling)
     return next_B, _write(cache, kept)
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def _draw(config, params, cache, token_B, key, sampling):
+def _sample_next(config, params, cache, token_B, key, sampling):
     x_BTD, kept = read(config, params, cache, token_B[:, None], jnp.ones_like(token_B))
     return sample(unembed(config, params, x_BTD)[:, 0], sampling, key), kept
 

@@ -11,15 +11,15 @@ from functools import cached_property
 from typing import TypeVar
 
 import jinja2
-import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 
 T = TypeVar("T")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_WAIT = (
-    64  # tokens that TextStream keeps back at most, where bytes never become a character
-)
+_LONGEST_WAIT = 64  # tokens that TextStream keeps back at most, where bytes never become text
 
 
 @dataclass(frozen=True)
@@ -108,21 +108,19 @@ class Tokenizer:
         )
         try:
             return environment.from_string(self.chat_template)
-        except (
-            Exception
-        ) as error:  # of jinja2, or of Python where the text is too deep or too large for it
+        except Exception as error:  # of jinja2, or of Python where the text is too large for it
             raise ValueError(f"the chat template cannot be read: {error}") from error
 
     def _token(self, token: int | None) -> str:
         return "" if token is None else self.backend.id_to_token(token) or ""
 
 
-class _Generation(jinja2.ext.Extension):
+class _Generation(Extension):
     """{% generation %}, with which templates mark what a model is trained to write: its content, as it is."""
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: Parser) -> list[Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 

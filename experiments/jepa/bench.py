@@ -86,7 +86,7 @@ def torch_peer(steps: int, mode: str, official: str) -> dict[str, Any]:
     from common.host import keep_freed_memory
 
     keep_freed_memory()
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
 
     from experiments.jepa import bench_torch as torch_ijepa
 

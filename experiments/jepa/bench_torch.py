@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+import torch  # pyright: ignore[reportMissingImports]  # extra: peers
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]  # extra: peers
+from torch import nn  # pyright: ignore[reportMissingImports]  # extra: peers
 
 
 class Models(NamedTuple):
@@ -47,8 +47,8 @@ def from_official(path: str, image, patch, width, depth, heads, p_width, p_depth
 
 def from_transformers(_: str, image, patch, width, depth, heads, p_width, p_depth) -> Models:
     """The same shapes from Hugging Face's I-JEPA layers, which come without masks and predictor."""
-    from transformers import IJepaConfig
-    from transformers.models.ijepa.modeling_ijepa import IJepaEmbeddings, IJepaLayer
+    from transformers import IJepaConfig  # pyright: ignore[reportMissingImports]  # extra: peers
+    from transformers.models.ijepa.modeling_ijepa import IJepaEmbeddings, IJepaLayer  # pyright: ignore[reportMissingImports]  # extra: peers
 
     def config(width: int) -> Any:
         return IJepaConfig(

@@ -9,9 +9,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 from common.data import Source, subset
-from common.writers import read_rows
+from common.writers import read_metrics
 from experiments.jepa.settings import Settings
 from jepa.masks import Masks, sample
 
@@ -37,7 +38,7 @@ def report_picture(
       workdir: holds seed*/metrics.jsonl.
     """
     figure = plt.figure(figsize=(12, 7.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.15)).flat
     _masked_images(top, settings, source)
     left, right = bottom.subplots(1, 2, width_ratios=(1.35, 1))
     _bars(left, accuracy, majority)
@@ -87,7 +88,7 @@ def _with_masks(image: np.ndarray, masks: Masks, i: int, patch: int) -> np.ndarr
         edge = np.zeros_like(block)
         edge[:width], edge[-width:], edge[:, :width], edge[:, -width:] = True, True, True, True
         border = block & (~inner | edge)
-        shown[border] = matplotlib.colors.to_rgb(color)
+        shown[border] = to_rgb(color)
     return shown
 
 
@@ -122,7 +123,7 @@ def _bars(ax: Axes, accuracy: Accuracy, majority: Mapping[str, float]) -> None:
 def _knn_curves(ax: Axes, workdir: Path) -> None:
     labels: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for path in sorted(workdir.glob("seed*/metrics.jsonl")):
-        rows = read_rows(path)
+        rows = read_metrics(path)
         for key in {k for row in rows for k in row if k.startswith("eval/knn_")}:
             found = [(row["step"], row[key]) for row in rows if key in row]
             steps, values = np.array(found).T

@@ -35,7 +35,7 @@ from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
 from common.train_loop import Preempted, train
 from common.train_step import AS_IT_IS, Prepare
-from common.writers import make_writer, read_rows
+from common.writers import make_writer, read_metrics
 from experiments.jepa.data import Sets, check_sets, open_sets
 from experiments.jepa.probes import encode_fn, linear_probes, online_monitor
 from experiments.jepa.settings import DataSettings, Settings, WriterSettings, resolve
@@ -53,7 +53,7 @@ EVALUATIONS = ("probe", "data.test_split", "data.probe_split", "data.eval_resize
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     workdir = run.workdir
-    settings, sets, mesh = begin(run.values)
+    settings, sets, mesh = open_run(run.values)
     recipe, spec = settings.recipe, settings.train
     try:
         loader, add_masks, data_print = _stream(settings, sets, mesh)
@@ -211,7 +211,7 @@ def _finish(
     return 0
 
 
-def begin(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
+def open_run(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
     """A config's settings, its sets of images, and its mesh, checked against each other.
 
     Raises:
@@ -262,7 +262,7 @@ def _describe(run: Run, settings: Settings, examples: int, mesh: Mesh) -> None:
 def _last_eval(workdir: Path) -> dict[str, float]:
     """The last row of online evaluation, without its prefix."""
     rows = [
-        r for r in read_rows(workdir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)
+        r for r in read_metrics(workdir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)
     ]
     return (
         {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}

@@ -93,8 +93,8 @@ def ours(names: list[str], rounds: int) -> dict[str, Any]:
 
 def original(rounds: int) -> dict[str, Any]:
     """The original package's Adam / SGD against torch's Adam, as its README says to use it (create_graph)."""
-    import torch
-    from gradient_descent_the_ultimate_optimizer import gdtuo
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
+    from gradient_descent_the_ultimate_optimizer import gdtuo  # pyright: ignore[reportMissingImports]  # extra: peers
 
     torch.set_num_threads(2)
 

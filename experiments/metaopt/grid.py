@@ -293,16 +293,17 @@ def _cells(spec: GridSpec, last: Mapping[str, Any], params: Any) -> list[Cell]:
         lambda x: np.isfinite(np.asarray(x)).reshape(*x.shape[:2], -1).all(-1), params
     )
     finite = np.logical_and.reduce(jax.tree.leaves(finite))
-    cells = []
-    for s, seed in enumerate(spec.seeds):
-        for r, rate in enumerate(spec.rates):
-            at = lambda value, s=s, r=r: float(np.asarray(value)[s, r].mean())  # noqa: E731
-            scores = {k: at(v) for k, v in last["scores"].items()}
-            loss = scores.pop("train_loss")
-            values = {k: at(v) for k, v in last["learned"].items()}
-            good = bool(finite[s, r]) and all(map(math.isfinite, (loss, *scores.values())))
-            cells.append(Cell(rate, seed, scores, loss, values, good))
-    return cells
+
+    def cell(s: int, r: int) -> Cell:
+        scores, values = (
+            {k: float(np.asarray(v)[s, r].mean()) for k, v in last[group].items()}
+            for group in ("scores", "learned")
+        )
+        loss = scores.pop("train_loss")
+        good = bool(finite[s, r]) and all(map(math.isfinite, (loss, *scores.values())))
+        return Cell(spec.rates[r], spec.seeds[s], scores, loss, values, good)
+
+    return [cell(s, r) for s in range(len(spec.seeds)) for r in range(len(spec.rates))]
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, float]:

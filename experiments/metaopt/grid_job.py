@@ -16,7 +16,7 @@ from common.config import ConfigError, build, check_choices
 from common.results import ResultRow, append_row
 from experiments.metaopt.grid import GridSpec, Method, Task, diverged, run_grid, summary
 from experiments.metaopt.methods import METHODS
-from experiments.metaopt.pictures import draw
+from experiments.metaopt.pictures import draw_grid
 from experiments.metaopt.tasks.gpt import gpt_task
 from experiments.metaopt.tasks.mlp import mlp_task
 from experiments.metaopt.tasks.resnet import resnet_task
@@ -112,7 +112,7 @@ def run(run: Run) -> int:
     rows = [row for name in settings.methods for row in run_method(task, METHODS[name], spec, run)]
     score = next(iter(rows[0].metrics))
     show(rows, f"{settings.name}: test {score} by initial rate", score)
-    log.info("drew %s", draw(run.workdir, rows, settings.methods, spec, score))
+    log.info("drew %s", draw_grid(run.workdir, rows, settings.methods, spec, score))
     log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
     return 0
 

@@ -1,6 +1,6 @@
 """The methods that the metaopt experiments compare, by name: each from one initial rate, with one setting for all tasks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -60,7 +60,9 @@ def figure3_tower(rate: float) -> optax.GradientTransformation:
 
 
 def _each_by_sgd(**rates: float) -> optax.GradientTransformation:
-    each = {name: _fixed_sgd(rate) for name, rate in rates.items()}
+    each: dict[Hashable, optax.GradientTransformation] = {
+        name: _fixed_sgd(rate) for name, rate in rates.items()
+    }
     return optax.partition(each, lambda params: {name: name for name in params})
 
 

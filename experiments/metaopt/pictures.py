@@ -10,7 +10,7 @@ from matplotlib.ticker import LogFormatter
 
 from common.plots import COLORS
 from common.results import ResultRow
-from common.writers import read_rows
+from common.writers import read_metrics
 from experiments.metaopt.grid import GridSpec, diverged
 
 FEW = 4  # initial rates that each get a column
@@ -22,7 +22,7 @@ NAMES = {
 }
 
 
-def draw(
+def draw_grid(
     workdir: Path, rows: Sequence[ResultRow], methods: Sequence[str], spec: GridSpec, score: str
 ) -> Path:
     """Draws `workdir`/grid.png from the rows and metrics.jsonl of `methods`, and returns its path.
@@ -41,7 +41,7 @@ def draw(
 
 def over_time(workdir: Path, methods: Sequence[str], rates: Sequence[float], score: str) -> Figure:
     """Curves by epoch: quantities down, initial rates across, a line for each method."""
-    logs = {method: read_rows(workdir / method / "metrics.jsonl") for method in methods}
+    logs = {method: read_metrics(workdir / method / "metrics.jsonl") for method in methods}
     shown = [score, "train_loss"]
     if any(key.startswith("learning_rate ") for log in logs.values() for key in log[-1]):
         shown.append("learning_rate")

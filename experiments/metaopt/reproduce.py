@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from common.results import ResultRow
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments.metaopt.grid import GridSpec
 from experiments.metaopt.grid_job import TaskSettings, run_method, show
 from experiments.metaopt.methods import METHODS

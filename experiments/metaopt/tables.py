@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.results import ResultRow, read_rows
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments.metaopt.grid import diverged
 from experiments.metaopt.grid_job import gaps
 from experiments.metaopt.table1 import ROWS as TABLE1
@@ -111,8 +111,8 @@ def robustness(results: Path) -> str:
         ]
         note = (
             f"Test {'error in %' if score == 'error' else score} after {rows[0].steps} steps, by initial rate, "
-            f"{len(rows[0].seeds)} seed(s), {where}; worst: of a method's runs, as a multiple of the best run of all; "
-            "diverged: least share of its runs that did not end finite; a star marks where."
+            f"{len(rows[0].seeds)} seed(s), {where}. Worst: of a method's runs, as a multiple of the best run of all. "
+            "Diverged: least share of its runs that did not end finite; a star marks where."
         )
         name = path.stem.removeprefix("robustness_")
         header = ("method", *[f"{r:g}" for r in rates], "worst", "diverged")
@@ -134,7 +134,7 @@ def figure3(results: Path) -> str:
     epochs = {end["step"] for end in ends.values()}
     note = (
         f"Char-RNN on War and Peace, test perplexity by initial rate after {'/'.join(map(str, sorted(epochs)))} of 49 "
-        "epochs, mean of 3 seeds, on one H100 whose loan ended there; the schedule of cosine(adam) has hardly begun to fall."
+        "epochs, mean of 3 seeds, on one H100 whose loan ended there. The schedule of cosine(adam) has hardly begun to fall."
     )
     return section("Figure 3, its first part", note, ("method", *rates), lines)
 

@@ -8,7 +8,8 @@ from dataclasses import MISSING, Field, field, fields, is_dataclass
 from types import NoneType
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
 
 
 def without(*names: str) -> Any:

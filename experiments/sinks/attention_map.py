@@ -90,7 +90,7 @@ def run(run: Run) -> int:
     np.savez_compressed(
         workdir / "maps.npz", **{k: v.astype(np.float32) for k, v in maps._asdict().items()}
     )
-    draw(maps, share_LH, workdir / "attention.png", _title(settings))
+    draw_maps(maps, share_LH, workdir / "attention.png", _title(settings))
     draw_heads(maps, workdir / "heads.png")
     metrics = {
         "first_token_share": share_LH.mean(),
@@ -130,12 +130,12 @@ def _title(settings: Settings) -> str:
     return f"{model}, {seen}, mean over {settings.texts} stretches of {settings.tokens} tokens"
 
 
-def draw(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
+def draw_maps(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
     """The share of the first token per layer and head [L, H], and eight layers' maps, averaged over heads."""
     L = len(share_LH)
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.6))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2.6)).flat
     ax = left.subplots()
     image = ax.imshow(100 * share_LH, aspect="auto", cmap="magma", vmin=0, vmax=100)
     ax.set(xlabel="head", ylabel="layer", title="attention on the first token (%)")
@@ -169,8 +169,8 @@ def draw_heads(maps: Maps, path: Path) -> None:
     )
     ax = figure.subplots()
     ax.imshow(sheet, cmap="magma", norm=LogNorm(FAINTEST, 1), interpolation="nearest")
-    ax.set_xticks(np.arange(H) * (n + 2) + n / 2, range(H), fontsize=6)
-    ax.set_yticks(np.arange(L) * (n + 2) + n / 2, range(L), fontsize=6)
+    ax.set_xticks(np.arange(H) * (n + 2) + n / 2, [*map(str, range(H))], fontsize=6)
+    ax.set_yticks(np.arange(L) * (n + 2) + n / 2, [*map(str, range(L))], fontsize=6)
     ax.set(xlabel="head", ylabel="layer")
     ax.set_facecolor("0.6")  # the gaps
     ax.spines[:].set_visible(False)

@@ -93,8 +93,8 @@ def hugging_face(mode: str, steps: int) -> dict[str, Any]:
     from common.host import keep_freed_memory
 
     keep_freed_memory()
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]  # extra: peers
 
     torch.set_num_threads(THREADS)
     config = LlamaConfig(

@@ -23,15 +23,14 @@ from common.distributed import PreemptionGuard
 from common.plots import curves
 from common.results import ResultRow, config_hash, markdown_table, read_rows
 from common.train_loop import Preempted
-from common.writers import make_writer
-from common.writers import read_rows as read_metrics
+from common.writers import make_writer, read_metrics
 from experiments.shared.old_settings import as_before
 from experiments.shared.run import NOTHING, Run, job
 from experiments.sinks.inputs import open_model, read_documents
 from sinks import params, perplexity, stream, text
 from sinks.loading import Model
 from sinks.perplexity import Tally
-from sinks.policies import Cached, Policy, make_policy
+from sinks.policies import Cached, CachePolicy, make_policy
 
 log = logging.getLogger("triptych")
 
@@ -82,7 +81,7 @@ class Settings:
                 raise ValueError(f"{name}={value}: at least 1")
         list(self.sweep(10))  # refuses unknown policies and impossible sizes
 
-    def sweep(self, tokens: int) -> Iterator[tuple[str, Policy]]:
+    def sweep(self, tokens: int) -> Iterator[tuple[str, CachePolicy]]:
         """Every setting by name, such as "sinks 4+1020"."""
         spec = {"dtype": self.dtype, "int8": self.int8}
         for kind in self.policies:
@@ -130,7 +129,7 @@ def run(run: Run) -> int:
             stream.check_spec(model.config, policy.spec)
         with run.part(folder.name) as clock:
             found = _run_one(settings, run, name, policy, model, tokens, folder, inputs)
-        draw(workdir)
+        draw_perplexity(workdir)
         metrics = _metrics(*found) | {k: float(crc32) for k, crc32 in inputs.items()}
         if isinstance(policy, Cached):
             metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
@@ -162,11 +161,23 @@ def _check_same(run: Run, folder: Path, saved: Mapping[str, Any], inputs: dict[s
             )
 
 
+def _check_stream(
+    run: Run, folder: Path, saved: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError where the saved stream is not of this setting, config (or an older form of it) and length."""
+    values = {k: v for k, v in as_before(run.values).items() if k != "block"}
+    older = {**meta, "config": config_hash(values | {"save_every": 0})}
+    if {k: saved[k] for k in meta} not in (meta, older):
+        raise ConfigError(
+            f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
+        )
+
+
 def _run_one(
     settings: Settings,
     run: Run,
     name: str,
-    policy: Policy,
+    policy: CachePolicy,
     model: Model,
     tokens: np.ndarray,
     folder: Path,
@@ -178,18 +189,13 @@ def _run_one(
       Preempted: asked to stop, with the state saved.
     """
     meta = {"setting": name, "config": run.part_hash, "tokens": len(tokens)}
-    former = as_before(run.values) | {"save_every": 0}  # as older versions had it
-    del former["block"]
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder / "checkpoints") as saver, PreemptionGuard() as guard:
         first, state, tally, filled, seconds = 0, None, Tally(), Tally(), 0.0
         restored = saver.restore(jax.eval_shape(lambda: policy.init(model.config)))
         if restored is not None:
             state, saved = restored
-            if {k: saved[k] for k in meta} not in (meta, meta | {"config": config_hash(former)}):
-                raise ConfigError(
-                    f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
-                )
+            _check_stream(run, folder, saved, meta)
             _check_same(run, folder, saved, inputs)
             first, seconds = saved["place"], saved["seconds"]
             tally, filled = Tally(**saved["tally"]), Tally(**saved["filled"])
@@ -221,7 +227,7 @@ def _run_one(
                 saver.save(piece.next, piece.state, meta | inputs | progress | sums, wait=stop)
             if stop and piece.next < len(tokens) - 1:
                 writer.close()
-                draw(run.workdir)
+                draw_perplexity(run.workdir)
                 raise Preempted(f"{name}: stopped at token {piece.next}; the state is saved")
         writer.close()
     return tally, filled, seconds
@@ -244,7 +250,7 @@ def _settings_of(workdir: Path) -> dict[str, Path]:
     return {path.parent.name.replace("_", " "): path.parent for path in found}
 
 
-def draw(workdir: Path) -> None:
+def draw_perplexity(workdir: Path) -> None:
     """perplexity.png: running perplexity, and each chunk's own, one line per setting."""
     rows: list[dict[str, float]] = []
     names = _settings_of(workdir)

@@ -34,7 +34,7 @@ from common.plots import COLORS, draw_curves
 from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import TrainSpec, train
-from common.writers import make_writer, read_rows
+from common.writers import make_writer, read_metrics
 from experiments.shared.learned_optim import optimizer
 from experiments.shared.run import Run, job
 from sinks import maps, perplexity, text
@@ -196,7 +196,7 @@ def run(run: Run) -> int:
         return 0
     header = ("variant", *found)
     (workdir / "table.md").write_text(markdown_table(header, table))
-    draw(workdir, list(recipes), metrics, list(settings.evaluate.specs()))
+    draw_variants(workdir, list(recipes), metrics, list(settings.evaluate.specs()))
     log.info("perplexity per byte of held-out text\n%s", markdown_table(header, table))
     log.info("seconds: %s", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     row = run.row(
@@ -289,12 +289,14 @@ def measure(
     return found
 
 
-def draw(workdir: Path, names: list[str], metrics: Mapping[str, float], specs: list[str]) -> None:
+def draw_variants(
+    workdir: Path, names: list[str], metrics: Mapping[str, float], specs: list[str]
+) -> None:
     """Training loss, and perplexity against the number of sinks that the stream keeps, for every variant."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, color in zip(names, COLORS * len(names)):
-        rows = [row for row in read_rows(workdir / name / "metrics.jsonl") if "loss" in row]
+        rows = [row for row in read_metrics(workdir / name / "metrics.jsonl") if "loss" in row]
         left.plot(
             [row["step"] for row in rows],
             [row["loss"] for row in rows],

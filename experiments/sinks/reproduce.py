@@ -23,7 +23,7 @@ from experiments.shared.run import Run
 from sinks import perplexity, stream, text
 from sinks.loading import Model
 from sinks.perplexity import Tally
-from sinks.policies import Policy, make_policy
+from sinks.policies import CachePolicy, make_policy
 
 log = logging.getLogger("triptych")
 CACHE, CHUNK, SINKS = 256, 512, (1, 2, 4, 8)
@@ -64,12 +64,12 @@ def _run(run: Run) -> int:
         metrics = {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()}
         run.finish(run.row(metrics, seeds=[0], steps=tokens, dtype="bfloat16"))
     show(results)
-    draw(results, workdir / "quick.png")
+    draw_effects(results, workdir / "quick.png")
     log.info("drew %s", workdir / "quick.png")
     return 0
 
 
-def settings(tokens: int, sample: int) -> dict[str, Policy]:
+def settings(tokens: int, sample: int) -> dict[str, CachePolicy]:
     """The policies, by the names of the table's rows."""
     bf16: dict[str, Any] = {"dtype": "bfloat16"}
     policies = {"dense": make_policy("dense", cache_size=tokens, **bf16)}
@@ -156,7 +156,7 @@ def show(results: dict[str, dict[str, float]]) -> None:
     console.print(table)
 
 
-def draw(results: dict[str, dict[str, float]], path: Path) -> None:
+def draw_effects(results: dict[str, dict[str, float]], path: Path) -> None:
     """Left: our policies. Right: what window attention costs against 4 sinks, beside the paper's models."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))

@@ -116,7 +116,7 @@ def run(run: Run) -> int:
     table = markdown_table(header, rows)
     (workdir / "table.md").write_text(table)
     log.info("ms per token of %d streams, and the cache's bytes:\n%s", settings.batch, table)
-    draw(settings, ms, workdir / "speed.png")
+    draw_speed(settings, ms, workdir / "speed.png")
     run.finish(run.row(metrics, seeds=[0], steps=len(sweep), dtype=settings.dtype))
     return 0
 
@@ -163,7 +163,7 @@ def _median(step: Callable[[], None], n: int) -> float:
     return statistics.median(times)
 
 
-def draw(settings: Settings, ms: dict[tuple[str, int], float], path: Path) -> None:
+def draw_speed(settings: Settings, ms: dict[tuple[str, int], float], path: Path) -> None:
     """Milliseconds per token against the cache's size, both logarithmic."""
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
     ax = figure.subplots()

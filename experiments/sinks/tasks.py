@@ -165,7 +165,7 @@ def _run(s: Settings, run: Run, make: Callable[[bool], list[tasks.Task]], kinds:
         rows.append({"policy": name} | _answer(model, spec, texts, s.chunk, name))
         write_whole(workdir / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     rows = [row for name in s.runs() for row in rows if row["policy"] == name]
-    draw(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
+    draw_accuracy(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
     metrics = {f"accuracy/{row['policy']}": row["right"] / row["asked"] for row in rows}
     for row in rows:
         metrics |= {f"accuracy/{row['policy']}/{k}": n / of for k, (n, of) in row["kinds"].items()}
@@ -226,7 +226,7 @@ def _table_row(row: dict[str, Any]) -> tuple:
     return row["policy"], right, asked, *percent, round(row["tokens"] / row["seconds"])
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path, title: str, kinds: str) -> None:
+def draw_accuracy(rows: Sequence[dict[str, Any]], path: Path, title: str, kinds: str) -> None:
     """Accuracy of every policy: against the kind of question where there are several, else as bars."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     ax = figure.subplots()

@@ -5,6 +5,7 @@ from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from common.nn.policy import Policy
 from common.sharding import Axes
@@ -99,7 +100,7 @@ def _times_rows(x_ND: jax.Array, rows: Rows) -> jax.Array:
     return _sum_over_last(w_FD, x_ND, out)[:, :N].T
 
 
-def _sum_over_last(a_ND: jax.Array, b_MD: jax.Array, out: jnp.dtype) -> jax.Array:
+def _sum_over_last(a_ND: jax.Array, b_MD: jax.Array, out: DTypeLike) -> jax.Array:
     """a b^T, [N, M], summed in `out`."""
     precision = jax.lax.Precision.HIGHEST if a_ND.dtype in (jnp.float32, jnp.float64) else None
     return jax.lax.dot_general(

@@ -3,7 +3,7 @@
 import pytest
 
 from common import flops
-from common.writers import read_rows
+from common.writers import read_metrics
 from tests.common.line import batches, run
 
 
@@ -19,7 +19,7 @@ def test_a_batch_without_all_rows_is_refused_at_whatever_step(tmp_path):
 def test_rows_have_the_utilisation_where_the_peak_of_the_chip_is_known(tmp_path, monkeypatch):
     monkeypatch.setitem(flops.PEAK_FLOPS, "cpu", 1e6)
     run(tmp_path, 3, log_every=1)
-    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "images_per_second" in row]
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "images_per_second" in row]
     products = 2 * 2 * 8 * 4  # x w, and its gradient x' e: 8 rows of 4
     for row in rows:
         seconds = 8 / row["images_per_second"]

@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 
 import sinks
 from common.results import read_rows
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments import launch
 from experiments.jepa import pretrain as jepa
 from experiments.sinks import pretrain as language

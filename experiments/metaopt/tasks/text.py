@@ -21,12 +21,14 @@ class LSTM(nnx.Module):
     """One layer, torch's: gates i, f, g, o, everything uniform in +-1/sqrt(hidden). Torch's two biases are one here."""
 
     def __init__(self, n_in: int, hidden: int, rngs: nnx.Rngs):
-        draw = lambda *shape: nnx.Param(  # noqa: E731
-            jax.random.uniform(rngs.params(), shape, minval=-(hidden**-0.5), maxval=hidden**-0.5)
-        )
-        self.input = draw(n_in, 4 * hidden)
-        self.recurrent = draw(hidden, 4 * hidden)
-        self.bias = draw(4 * hidden)
+        bound = hidden**-0.5
+
+        def uniform(*shape):
+            return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+
+        self.input = uniform(n_in, 4 * hidden)
+        self.recurrent = uniform(hidden, 4 * hidden)
+        self.bias = uniform(4 * hidden)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states [B, T, H], from a state of zeros."""

@@ -17,7 +17,7 @@ from experiments.jepa import data as jepa_data
 from experiments.jepa import probes as jepa_eval
 from experiments.jepa.configs import in22k_vitg16, in22k_vith14
 from experiments.jepa.configs.scenes import get_config
-from experiments.jepa.pretrain import begin
+from experiments.jepa.pretrain import open_run
 from experiments.jepa.settings import resolve
 from experiments.metaopt.tasks import mlp as metaopt_mlp
 
@@ -170,7 +170,7 @@ def test_the_recipes_of_imagenet_22k_take_any_folder(recipe, splits, tmp_path):
             save(tmp_path / split / f"n{i % 3}" / f"{i}.jpg", i)
     config = recipe.get_config("smoke")
     config.data.update(name=f"folder:{tmp_path}", test_split="validation")
-    resolved, sets, _ = begin(config.to_dict())
+    resolved, sets, _ = open_run(config.to_dict())
     assert len(sets.train) + len(sets.test) == 60 * len(splits) and sets.bank is sets.train
     share = 0.1 if len(splits) == 1 else None
     found = jepa_eval.linear_probes  # what a row will say
@@ -182,12 +182,12 @@ def test_a_probe_is_not_tested_on_what_it_learned_from(tmp_path):
     config = get_config("smoke")
     config.data.test_split = "train"
     with pytest.raises(ConfigError, match=r"test_split='train'.*probe.test_on_train=true"):
-        begin(config.to_dict())
+        open_run(config.to_dict())
     config.probe.test_on_train = True
-    begin(config.to_dict())
+    open_run(config.to_dict())
     config.probe.test_on_train = False
     config.data.probe_split = "test"  # the test images may be trained on, without labels
-    sets = begin(config.to_dict())[1]
+    sets = open_run(config.to_dict())[1]
     assert sets.train is not sets.bank and len(sets.bank) == 359
 
 
@@ -199,7 +199,7 @@ def test_too_few_images_are_refused_before_training(tmp_path):
     with pytest.raises(
         ConfigError, match=r"config.data.split='train' has 1\d images.*neighbors=20"
     ):
-        begin(config.to_dict())
+        open_run(config.to_dict())
 
 
 @pytest.mark.parametrize("link", ["folder", "file"])
@@ -212,7 +212,7 @@ def test_links_to_the_training_images_are_no_test_set(tmp_path, link):
     config = get_config("smoke")
     config.data.update(name=f"folder:{tmp_path}", test_split="val")
     with pytest.raises(ConfigError, match=r"test_split='val' holds images .* or links to them"):
-        begin(config.to_dict())
+        open_run(config.to_dict())
 
 
 def test_a_single_test_image_is_refused_with_a_remedy(tmp_path):
@@ -221,12 +221,12 @@ def test_a_single_test_image_is_refused_with_a_remedy(tmp_path):
     config = get_config("smoke")
     config.data.update(name=f"folder:{tmp_path}", held_out=1e-6)
     with pytest.raises(ConfigError, match=r"has 1 image.*raise config.data.held_out=1e-06"):
-        begin(config.to_dict())
+        open_run(config.to_dict())
     save(tmp_path / "test" / "1.png", 99)
     with pytest.raises(
         ConfigError, match=r"has 1 image.*add images.*another config.data.test_split"
     ):
-        begin(config.to_dict())
+        open_run(config.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_features_that_do_not_fit_the_memory_are_refused_before_training(tmp_pat
     with pytest.raises(
         ConfigError, match=r"1,438 training and 359 test images.*train_examples to 596 or less"
     ):
-        begin(config.to_dict())
+        open_run(config.to_dict())
     config.probe.linear = False
-    begin(config.to_dict())
+    open_run(config.to_dict())
 
 
 def test_the_features_of_a_released_recipe_are_known_in_advance():

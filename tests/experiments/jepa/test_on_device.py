@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from common.config import ConfigError
-from common.writers import read_rows
+from common.writers import read_metrics
 from experiments.jepa import pretrain
 from experiments.jepa.configs import scenes
 from experiments.shared.run import Run
@@ -23,7 +23,7 @@ def values(monkeypatch):
 @pytest.mark.slow
 def test_it_trains_several_steps_a_dispatch_and_goes_on_with_its_own_draws_alone(values, tmp_path):
     assert pretrain.run(Run(values, tmp_path)) == 0
-    losses = [r for r in read_rows(tmp_path / "metrics.jsonl") if "loss" in r]
+    losses = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in losses] == [1, 3, 4] and all(0 < r["loss"] < 10 for r in losses)
     on_host = {**values, "data": {**values["data"], "on_device": False}}
     on_host["train"] = {**values["train"], "steps": 6}

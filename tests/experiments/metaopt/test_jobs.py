@@ -14,7 +14,7 @@ from common.config import ConfigError, build
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.results import read_rows
 from common.train_loop import Preempted
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments.jobs import JOBS
 from experiments.metaopt import grid_job as metaopt_job
 from experiments.metaopt import reproduce as metaopt_digits
@@ -191,7 +191,7 @@ def quick_grid(monkeypatch):
 
     for module in (metaopt_job, metaopt_table1):
         monkeypatch.setattr(module, "run_grid", run_grid)
-    monkeypatch.setattr(metaopt_job, "draw", lambda workdir, *_: workdir)
+    monkeypatch.setattr(metaopt_job, "draw_grid", lambda workdir, *_: workdir)
     return trained
 
 

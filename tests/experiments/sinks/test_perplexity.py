@@ -7,8 +7,8 @@ import pytest
 
 from common.config import ConfigError
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
-from common.results import read_rows as result_rows
-from common.writers import read_rows
+from common.results import read_rows
+from common.writers import read_metrics
 from experiments.shared.run import Run
 from experiments.sinks import perplexity as sinks_perplexity
 from experiments.sinks.configs.perplexity import get_config
@@ -25,7 +25,7 @@ def settings(folder, arg="smoke", **changes):
 
 
 def metrics(folder):
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     return [(row["step"], row["perplexity"], row["chunk_perplexity"]) for row in rows]
 
 
@@ -142,7 +142,7 @@ def test_another_policy_joins_the_table_on_purpose(tmp_path):
     assert sinks_perplexity.run(Run(more, tmp_path / "run", resume="changed")) == 0
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.count("| sinks 2+14 |") == table.count("| window 0+16 |") == 1
-    (row,) = result_rows(tmp_path / "run" / "window_0+16" / "results.jsonl")
+    (row,) = read_rows(tmp_path / "run" / "window_0+16" / "results.jsonl")
     assert (row.config, row.overrides) == (values["name"], {"setting": "window 0+16"})
 
 
