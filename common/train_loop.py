@@ -287,11 +287,10 @@ class Loop:
             self.ledger.charge("step")
             if not all(map(math.isfinite, values.values())):
                 self._stop_at_non_finite()
-            row = values | self.recipe.schedules(step)
             if seconds:
-                row |= {"images_per_second": self.spec.batch / seconds}
-                row |= {name: part / seconds for name, part in self.in_a_second.items()}
-            self.writer.write(step + 1, row)
+                values |= {"images_per_second": self.spec.batch / seconds}
+                values |= {name: part / seconds for name, part in self.in_a_second.items()}
+            self.writer.write(step + 1, values)
 
     def keep_pace(self, step: int, metrics: Metrics) -> None:
         """Waits where too many dispatches are in flight, and notes the steps whose metrics are to be written."""

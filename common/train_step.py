@@ -27,7 +27,6 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
       recipe: see common/recipe.py.
       accumulate: microbatches per update; the batch's leading axis is split into that many parts.
     """
-    optimizer = recipe.optimizer()
 
     def gradients(state: TrainState, batch: dict, key: jax.Array):
         grad_fn = jax.value_and_grad(recipe.loss, has_aux=True)
@@ -53,7 +52,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = _placed_like(state.params, gradients)(state, batch, key)
         grad_norm = jnp.where(state.step == expected, optax.tree.norm(grads), jnp.nan)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         moved = state.replace(
             step=state.step + 1,
@@ -67,8 +66,8 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         keep = jax.tree.map(
             lambda new, old: new if new is old else jnp.where(good, new, old), moved, state
         )
-        learned = {name: mean(value) for name, value in recipe.learned(keep.opt_state).items()}
-        return keep, metrics | learned | {"grad_norm": mean(grad_norm)}
+        logged = {k: mean(value) for k, value in recipe.log(keep.opt_state, state.step).items()}
+        return keep, metrics | logged | {"grad_norm": mean(grad_norm)}
 
     return step
 

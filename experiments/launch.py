@@ -72,6 +72,10 @@ def main(argv: list[str]) -> int:
 def _launch(argv: list[str]) -> int:
     if usage.wanted(argv):
         return _help(argv)
+    # Before a config is read: what it imports would set logging up its own way.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    logging.getLogger("triptych").setLevel(logging.INFO)
     try:
         argv, unset = usage.without_none(argv)
         unused = flags.FLAGS(argv)[1:]
@@ -86,10 +90,6 @@ def _launch(argv: list[str]) -> int:
         return _fail(
             f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE"
         )
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    logging.getLogger("triptych").setLevel(logging.INFO)
-
     where = f"{config.get('job')} {config.get('name', '')} in {_WORKDIR.value}"
     logging.getLogger("triptych").info("%s: loading ...", where)
 

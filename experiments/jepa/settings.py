@@ -15,7 +15,7 @@ from common.nn.policy import Policy
 from common.optim import OptimSpec
 from common.sharding import BATCH_AXES
 from common.train_loop import TrainSpec
-from experiments.shared.learned_optim import optimizer_of
+from experiments.shared.learned_optim import optimizer
 from experiments.shared.settings import without
 from jepa.config import ViTConfig, vit
 from jepa.device_batch import DeviceBatch
@@ -231,15 +231,11 @@ class Settings:
     @cached_property
     def recipe(self) -> IJepa:
         """The method that is trained."""
+        steps = self.train.steps
+        tx, log_tx = optimizer(self.optim, steps)
+        momentum = self.ema.schedule(int(self.optim.schedule_scale * steps))
         return IJepa(
-            model=self.model.config,
-            masks=self.masks,
-            steps=self.train.steps,
-            optim=self.optim,
-            ema=self.ema,
-            optimizing=optimizer_of(self.optim),
-            objective=self.objective,
-            policy=self.policy,
+            self.model.config, self.masks, tx, momentum, self.objective, self.policy, log_tx
         )
 
     @property

@@ -29,14 +29,14 @@ from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import TrainSpec, train
 from common.writers import make_writer, read_metrics
-from experiments.shared.learned_optim import optimizer_of
+from experiments.shared.learned_optim import optimizer
 from experiments.shared.run import Run, job
 from sinks import maps, perplexity, text
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
 from sinks.perplexity import Tally
 from sinks.policies import Cached
-from sinks.recipe import LanguageModel, variant
+from sinks.recipe import LanguageModel, decays, variant
 
 log = logging.getLogger("triptych")
 BYTES = 256  # the vocabulary
@@ -147,14 +147,8 @@ class Settings:
             parallel_residual=True,
         )
         self.optim.lr_schedule(self.train.steps)  # refuses a warm-up that does not fit
-        return variant(
-            name,
-            neox,
-            steps=self.train.steps,
-            optim=self.optim,
-            optimizing=optimizer_of(self.optim),
-            compute=self.compute,
-        )
+        tx, log_tx = optimizer(self.optim, self.train.steps, decays)
+        return variant(name, neox, tx=tx, log=log_tx, compute=self.compute)
 
 
 @job(only=("variants", "evaluate"))

@@ -15,8 +15,7 @@ from absl.testing import flagsaver
 from common.config import build
 from experiments import coverage, jobs, launch
 from experiments.jepa.settings import resolve as resolve_jepa
-from experiments.metaopt import table1
-from experiments.metaopt.grid_job import resolve as resolve_grid
+from experiments.metaopt import grid_job, table1
 from experiments.shared.published import published
 from experiments.shared.tables import HERE
 from experiments.sinks import perplexity, speed, tasks
@@ -27,7 +26,7 @@ FOUND = {paper: coverage.entries(paper) for paper in coverage.PAPERS}
 COMMANDS = sorted({entry.command for found in FOUND.values() for entry in found} - {""})
 CHECKS = {  # by job: what reads its settings
     "jepa_pretrain": resolve_jepa,
-    "metaopt_grid": resolve_grid,
+    "metaopt_grid": lambda values: build(grid_job.Settings, values),
     "sinks_perplexity": lambda values: build(perplexity.Settings, values),
     "sinks_speed": lambda values: build(speed.Settings, values),
     "sinks_streameval": lambda values: build(tasks.StreamEvalSettings, values),
