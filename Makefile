@@ -55,9 +55,9 @@ bench: $(VENV)/peers  ## our I-JEPA step, sink decoding and metaopt overhead aga
 
 notebooks: $(VENV)/notebooks  ## run the notebooks: one page a paper in runs/notebooks
 	@mkdir -p runs/notebooks
-	for p in jepa sinks metaopt; do $(BIN)/jupyter nbconvert --to html --execute --output-dir $(CURDIR)/runs/notebooks --output $$p experiments/$$p/notebook.ipynb || exit 1; done
+	for p in $(patsubst experiments/%/notebook.ipynb,%,$(wildcard experiments/*/notebook.ipynb)); do $(BIN)/jupyter nbconvert --to html --execute --output-dir $(CURDIR)/runs/notebooks --output $$p experiments/$$p/notebook.ipynb || exit 1; done
 
-tables: $(VENV)/base  ## write docs/results/tables.md from the committed rows
+tables: $(VENV)/base  ## write docs/results/tables.md and coverage.md from the committed rows
 	$(BIN)/python -m experiments.tables
 
 preflight: $(TPU)/ready  ## compile the released recipes for v5e:16x16 that the committed table lacks

@@ -5,13 +5,12 @@ import logging
 import sys
 import warnings
 
-from common.full_disk import is_full
-
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    """Orbax tells of every barrier and thread at INFO, and of a full disk in a traceback from each of its threads."""
-    full = record.exc_info is not None and is_full(record.exc_info[1])
-    return "orbax" not in record.pathname or (record.levelno >= logging.WARNING and not full)
+    """Orbax tells of every barrier and thread at INFO, and of a failure, which it raises too, in each thread's traceback."""
+    return "orbax" not in record.pathname or (
+        record.levelno >= logging.WARNING and not record.exc_info
+    )
 
 
 logging.getLogger("absl").addFilter(_is_for_users)

@@ -1,4 +1,4 @@
-"""Per-record image transforms on the host (I-JEPA's released recipe; `specs/ijepa.md` 1.7).
+"""Per-record image transforms on the host (I-JEPA's released recipe; docs/papers/ijepa.md 1.7).
 
 Records hold uint8 [H, W, 3] images and leave as uint8: 4x less to move than float32, and the device
 normalises for free (`normalize`). Every random choice comes from the Generator that is passed in,
@@ -133,6 +133,11 @@ def crop_box(size: tuple[int, int], rng: np.random.Generator, scale: Range, rati
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(u[2] * (width - w + 1)), int(u[3] * (height - h + 1))
             return left, upper, left + w, upper + h
+    return _central_box(size, ratio)
+
+
+def _central_box(size: tuple[int, int], ratio: Range) -> Box:
+    width, height = size
     w = min(width, round(height * ratio[1]))
     h = min(height, round(width / ratio[0]))
     left, upper = (width - w) // 2, (height - h) // 2
@@ -180,3 +185,54 @@ def _turn_hue(image: Image.Image, turn: float) -> Image.Image:
     shift = round(turn * 255)
     hue = hue.point([(h + shift) % 256 for h in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def crop_on_device(spec: RandomResizedCrop, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """`spec`'s crop and flip of each image, inside jit: uint8 [B, H, W, 3] and keys [B] to uint8 [B, size, size, 3].
+
+    Equal to the host's in distribution, and for a given box within 2 of 255 (tests/common/test_augment.py).
+    """
+    height, width = images.shape[1:3]
+    u = jax.vmap(lambda key: jax.random.uniform(key, 4 * CROP_TRIES + 1))(keys)
+    boxes = crop_boxes((width, height), u[:, 1:].reshape(-1, CROP_TRIES, 4), spec.scale, spec.ratio)
+    flips = (u[:, 0] < FLIP_P) & spec.flip
+    return resize_boxes(images, boxes, flips, spec.size)
+
+
+def crop_boxes(size: tuple[int, int], u: jax.Array, scale: Range, ratio: Range) -> jax.Array:
+    """`crop_box` for uniforms [B, tries, 4]: float32 [B, 4], left, upper, right, lower."""
+    width, height = size
+    lerp = lambda u, bounds: bounds[0] + u * (bounds[1] - bounds[0])  # noqa: E731
+    area = width * height * lerp(u[..., 0], scale)
+    aspect = jnp.exp(lerp(u[..., 1], (math.log(ratio[0]), math.log(ratio[1]))))
+    w, h = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+    left, upper = jnp.floor(u[..., 2] * (width - w + 1)), jnp.floor(u[..., 3] * (height - h + 1))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    drawn = jnp.stack([left, upper, left + w, upper + h], -1)
+    first = jnp.take_along_axis(drawn, fits.argmax(1)[:, None, None], 1)[:, 0]
+    fallback = jnp.array(_central_box(size, ratio), jnp.float32)
+    return jnp.where(fits.any(1, keepdims=True), first, fallback)
+
+
+def resize_boxes(images: jax.Array, boxes: jax.Array, flips: jax.Array, size: int) -> jax.Array:
+    """Each image's box [B, 4], mirrored where `flips` [B], as uint8 [B, size, size, 3]: PIL's bilinear filter, which
+    averages over what a pixel covers, as a product with rows of weights for each axis."""
+    left, upper, right, lower = (side[:, None, None] for side in boxes.T)
+
+    def weights(start: jax.Array, stop: jax.Array, pixels: int) -> jax.Array:
+        """[B, size, pixels]: what each source pixel gives to each pixel of the output."""
+        scale = (stop - start) / size
+        centre = start + (jnp.arange(size)[:, None] + 0.5) * scale
+        at = jnp.arange(pixels) + 0.5
+        near = jnp.maximum(1 - jnp.abs(at - centre) / jnp.maximum(scale, 1), 0)
+        near = jnp.where((at > start) & (at < stop), near, 0)
+        return near / near.sum(-1, keepdims=True)
+
+    def filtered(formula: str, weight: jax.Array, x: jax.Array) -> jax.Array:
+        # Ties are frequent: they go up, as PIL's mostly do, whatever the order in which a program adds.
+        return jnp.floor(jnp.einsum(formula, weight, x, precision="highest") + 0.501)
+
+    across = weights(left, right, images.shape[2])
+    across = jnp.where(flips[:, None, None], across[:, ::-1], across)
+    x = filtered("bow,bhwc->bhoc", across, images.astype(jnp.float32))
+    return filtered("boh,bhwc->bowc", weights(upper, lower, images.shape[1]), x).astype(jnp.uint8)

@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -52,9 +53,11 @@ class DamagedError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """What stays: the newest `keep`, and the multiples of `every_steps` for ever (0: none).
+    """What stays.
 
-    With keep=2, a damaged newest checkpoint costs one save interval and not the run.
+    Attributes:
+      keep: the newest checkpoints that stay. With 2, a damaged newest one costs one save interval and not the run.
+      every_steps: the steps whose multiples stay for good; 0 for none.
     """
 
     keep: int = 2
@@ -156,7 +159,7 @@ class Checkpointer:
         self.wait()
         if step is None and not self.steps():
             return None
-        read = lambda step: _load(self._directory, step, abstract_state)  # noqa: E731
+        read = partial(_load, self._directory, abstract=abstract_state)
         at, state, meta = _newest_intact(self._directory, step, read)
         self._current, self._abandoned = at, [s for s in self.steps() if s > at]
         return state, meta
@@ -164,10 +167,6 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         return _steps(self._directory)
-
-    def latest(self) -> int | None:
-        """The newest complete step."""
-        return max(self.steps(), default=None)
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises what went wrong with it."""
@@ -212,7 +211,7 @@ def restore_params(
     Raises as `Checkpointer.restore`, and FileNotFoundError where there is no checkpoint.
     """
     directory = _absolute(directory)
-    read = lambda step: _load(directory, step, abstract_params, path)  # noqa: E731
+    read = partial(_load, directory, abstract=abstract_params, path=path)
     return _newest_intact(directory, step, read)[1]
 
 

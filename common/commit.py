@@ -10,7 +10,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 # Files whose changes can change a result. Reports, notebooks and committed rows cannot.
 CODE = ("*.py", "pyproject.toml", "constraints*.txt", ":(exclude)tests")
-PACKAGES = ("common", "jepa", "sinks", "metaopt", "experiments")
+
+
+def packages(root: Path) -> list[str]:
+    """The packages of this project that lie in `root`. A paper's is named as its folder in experiments/ is."""
+    papers = (folder.name for folder in sorted((root / "experiments").glob("*/")))
+    return ["common", "experiments", *(n for n in papers if (root / n / "__init__.py").exists())]
 
 
 def find_commit() -> str:
@@ -37,7 +42,8 @@ def find_commit() -> str:
 
 def _untracked(root: Path) -> bool:
     """Whether a package holds a module that git neither tracks nor ignores: an import, or --config, may have read it."""
-    folders = [f":(literal){HERE.parents[1] / name}" for name in PACKAGES]
+    here = HERE.parents[1]
+    folders = [f":(literal){here / name}" for name in packages(here)]
     found = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *folders)
     return any(name.endswith(".py") for name in found.split("\0"))
 

@@ -10,7 +10,7 @@ import jax
 
 from common.distributed import exchange
 from common.recipe import EvalFn
-from common.writers import read_rows
+from common.writers import read_metrics
 
 log = logging.getLogger("triptych")
 
@@ -55,7 +55,7 @@ def unrecorded(evals: Collection[str], workdir: Path, step: int) -> list[str]:
     """Those of the evaluations of which `workdir`/metrics.jsonl has no values at `step`; the same on all processes."""
     path, names = workdir / "metrics.jsonl", list(evals)
     if names and jax.process_index() == 0 and path.exists():
-        seen = [key for row in read_rows(path) if row["step"] == step for key in row]
+        seen = [key for row in read_metrics(path) if row["step"] == step for key in row]
         names = [n for n in names if not any(key.startswith(f"{n}/") for key in seen)]
     return exchange("evaluations left", "\n".join(names))[0].splitlines()
 

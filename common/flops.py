@@ -6,7 +6,7 @@ model FLOPs utilisation (Chowdhery et al., 2022, appendix B).
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,22 +31,6 @@ PEAK_FLOPS: dict[str, float] = {
 }
 
 
-def compiled_flops(stage: jax.stages.Compiled | jax.stages.Lowered) -> float:
-    """XLA's own count for `jax.jit(f).lower(...)` or its `.compile()`; NaN where it has none.
-
-    What the number means, as measured with jax 0.10.2 on CPU (tests/common/test_flops.py):
-      * **The body of a loop is counted once**, whatever its length: `scan`, `fori_loop`, `while`. A
-        model whose 12 blocks are scanned comes out 12 times too small in its blocks. Use
-        `traced_flops`, or lower with `unroll=True` (lowering alone counts; nothing need compile).
-      * `cond` counts its most expensive branch.
-      * A compiled program is one device's share; a lowered one is the whole computation.
-      * Recomputation under `jax.checkpoint` is counted: hardware FLOPs, not model FLOPs.
-      * A compiled Pallas kernel is a custom call and counts nothing (in interpret mode it does).
-    """
-    cost = stage.cost_analysis()
-    return float(cost.get("flops", np.nan)) if isinstance(cost, dict) else np.nan
-
-
 def traced_flops(fn: Callable[..., Any], *args: Any) -> float:
     """FLOPs of the matrix products and convolutions in `fn(*args)`, loops counted in full.
 
@@ -55,10 +39,11 @@ def traced_flops(fn: Callable[..., Any], *args: Any) -> float:
     kernel its body at every point of its grid. Raises ValueError at a `while` loop that multiplies
     matrices: its trip count is not in the program.
     """
-    return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
+    return jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def _jaxpr_flops(jaxpr: Any) -> float:
+def jaxpr_flops(jaxpr: Any) -> float:
+    """`traced_flops` of a function that is traced already."""
     total = 0.0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
@@ -71,7 +56,7 @@ def _jaxpr_flops(jaxpr: Any) -> float:
             out_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * eqn.outvars[0].aval.size * kernel.size / out_channels
         else:
-            inner = [_jaxpr_flops(j) for j in _jaxprs_in(params)]
+            inner = [jaxpr_flops(j) for j in _jaxprs_in(params)]
             if name == "while" and sum(inner) > 0:
                 raise ValueError(
                     "cannot count a while loop that multiplies matrices: its trip count is not in "
@@ -98,37 +83,31 @@ def _jaxprs_in(params: dict[str, Any]) -> list[Any]:
     return [x for x in closed if hasattr(x, "eqns")]
 
 
-def transformer_flops(
-    tokens: int,
-    width: int,
-    depth: int,
-    mlp_hidden: int,
-    *,
-    context: int | None = None,
-    kv_width: int | None = None,
-    gated: bool = False,
-) -> float:
-    """Forward FLOPs of a stack of pre-norm blocks on one sequence; training costs three times that.
-
-    Per block, with T tokens, width D, keys and values of width K, hidden width H, context C:
-    projections 2TD(2D + 2K), scores and their weighted sum 4TCD, MLP 4TDH (6TDH when gated).
-    Embeddings and heads are left out, as they differ between models.
-
-    Args:
-      context: keys each query sees; `tokens` by default (a ViT). A causal model sees (T + 1) / 2.
-      kv_width: total width of the key heads; `width` by default, less with grouped queries.
-    """
-    context = tokens if context is None else context
-    kv_width = width if kv_width is None else kv_width
-    projections = 2 * tokens * width * (2 * width + 2 * kv_width)
-    attention = 4 * tokens * context * width
-    mlp = (6 if gated else 4) * tokens * width * mlp_hidden
-    return float(depth * (projections + attention + mlp))
-
-
 def peak_flops(device: jax.Device) -> float | None:  # pyright: ignore[reportInvalidTypeForm]  # jax has it as a variable
     """The chip's dense bf16 peak in FLOP/s, or None where the table lacks it (every CPU)."""
     return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def utilisation(jaxpr: Any, devices: Sequence[jax.Device], seconds: float) -> dict[str, float]:
+    """{"mfu": the part of the chips' peak that a step used in `seconds`}; {} where the peak or the FLOPs are not known.
+
+    {"hfu": ...} where activations are computed twice (`jax.checkpoint`): these FLOPs are in the count.
+    """
+    if (peak := peak_flops(devices[0])) is None:
+        return {}
+    try:
+        used = jaxpr_flops(jaxpr) / (seconds * peak * len(devices))
+    except ValueError:  # a loop without a length
+        return {}
+    return {"hfu" if _recomputes(jaxpr) else "mfu": used}
+
+
+def _recomputes(jaxpr: Any) -> bool:
+    """Whether there is the backward pass of a `jax.checkpoint` in it."""
+    return any(
+        eqn.params.get("differentiated") or any(map(_recomputes, _jaxprs_in(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def measure_matmul_peak(size: int = 2048, repeats: int = 5) -> float:
@@ -142,8 +121,3 @@ def measure_matmul_peak(size: int = 2048, repeats: int = 5) -> float:
         product(a).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
-
-
-def mfu(flops_per_step: float, seconds: float, n_devices: int, peak: float) -> float:
-    """The part of the peak that a step used, 0 to 1; `flops_per_step` is over all devices."""
-    return flops_per_step / (seconds * n_devices * peak)

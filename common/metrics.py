@@ -47,7 +47,7 @@ def mean(value: ArrayLike, weight: ArrayLike = 1.0) -> Mean:
     return Mean(jnp.where(weight == 0, 0, value * weight).sum(), weight.sum())
 
 
-def total(stacked: Metrics) -> Metrics:
+def sum_metrics(stacked: Metrics) -> Metrics:
     """The metrics of all parts, from sums and weights [parts], as `lax.scan` stacks them."""
     return jax.tree.map(lambda x: x.sum(0), stacked)
 

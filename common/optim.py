@@ -18,14 +18,14 @@ class OptimSpec:
     """AdamW and its schedules.
 
     Attributes:
-      lr, start_lr, final_lr: peak, first and last learning rate.
+      lr: peak learning rate.  start_lr: first learning rate.  final_lr: last learning rate.
       warmup: updates of linear warm-up.
-      weight_decay, final_weight_decay: decoupled decay, cosine from the first to the second; it multiplies the
-        learning rate (torch's and optax's convention).
-      b1, b2, eps: AdamW's.
-      clip: largest global gradient norm; 0 for none (I-JEPA clips nothing).
+      weight_decay: decoupled decay at the start; it multiplies the learning rate (torch's and optax's convention).
+      final_weight_decay: decay at the end, along a cosine.
+      b1, b2, eps: AdamW's decay rates of the moments and its epsilon.
+      clip: largest global gradient norm; None for no clipping (I-JEPA's).
       schedule_scale: stretches all schedules beyond the run (`ipe_scale`: 1.0 for I-JEPA, 1.25 for V-JEPA).
-      auto: rate and decay learn themselves, from `lr` and `weight_decay` on. It asks for an `Optimizer` that does.
+      auto: whether rate and decay learn themselves, from `lr` and `weight_decay` on. It asks for an `Optimizer` that does.
     """
 
     lr: float = 1e-3
@@ -37,7 +37,7 @@ class OptimSpec:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    clip: float = 0.0
+    clip: float | None = None
     schedule_scale: float = 1.0
     auto: bool = False
 
@@ -46,6 +46,8 @@ class OptimSpec:
             raise ValueError(
                 f"optim.lr={self.lr} must be positive, start_lr and final_lr not negative"
             )
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optim.clip={self.clip} must be positive, or None for no clipping")
         if self.schedule_scale < 1:
             raise ValueError(f"optim.schedule_scale={self.schedule_scale} must be at least 1")
 

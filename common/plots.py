@@ -10,13 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from common.full_disk import is_full
-from common.writers import read_rows
+from common.writers import read_metrics
 
 log = logging.getLogger("triptych")
 
@@ -31,7 +30,7 @@ def curves(
     path: str | os.PathLike[str],
     groups: Mapping[str, Sequence[str] | Mapping[str, str]] | None = None,
 ) -> None:
-    """Draws the rows of a `metrics.jsonl` (`common.writers.read_rows`) into a PNG.
+    """Draws the rows of a `metrics.jsonl` (`common.writers.read_metrics`) into a PNG.
 
     Args:
       rows: each with a `step` and any scalars; a series may be missing from any row.
@@ -56,7 +55,6 @@ def curves(
     n_rows = math.ceil(n / n_columns)
     size = n_columns * PANEL_INCHES[0], n_rows * PANEL_INCHES[1]
     figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    FigureCanvasAgg(figure)
     all_axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
     last_step = max((row["step"] for row in rows), default=0)
     for ax, (title, series) in zip(all_axes, panels.items()):
@@ -79,7 +77,7 @@ def draw_curves(workdir: Path) -> None:
         return
     leaving_with = sys.exc_info()[1]
     try:
-        curves(read_rows(path), workdir / "curves.png")
+        curves(read_metrics(path), workdir / "curves.png")
     except Exception as error:
         if not (is_full(leaving_with) and is_full(error)):  # once is enough
             log.warning("%s is not drawn: %s", workdir / "curves.png", error)

@@ -1,8 +1,6 @@
 """Looking at a run from inside: a trace of a few steps, and memory."""
 
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +42,6 @@ class ProfileWindow:
 def annotate(step: int) -> jax.profiler.StepTraceAnnotation:
     """A context manager around one step, by which the profiler's viewers group their events."""
     return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-
-def peak_rss_bytes() -> int:
-    """The most host memory this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def device_memory() -> dict[str, int]:

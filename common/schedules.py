@@ -1,4 +1,4 @@
-"""Schedules as functions of the update count, 0 at the first update (ijepa spec 1.6).
+"""Schedules as functions of the update count, 0 at the first update (docs/papers/ijepa.md 1.6).
 
 Each is an optax schedule: it takes an int32 array or a Python int and returns a float32 scalar.
 """

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from common.config import ConfigError
 from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
 from common.evaluation import EvaluationFailed, run_evals, unrecorded
+from common.flops import utilisation
 from common.host import set_fragments_aside
 from common.mesh import auto_mesh
-from common.metrics import compute
+from common.metrics import Metrics, compute
 from common.nn.cpu import compiler_options
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
 from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, path_name, replicated
-from common.state import abstract_with_shardings, init_sharded, state_shardings
-from common.train_step import diagnose, make_train_step
+from common.state import TrainState, abstract_with_shardings, init_sharded, state_shardings
+from common.train_step import AS_IT_IS, Prepare, diagnose, make_dispatch, make_train_step
 from common.writers import Writer
 
 log = logging.getLogger("triptych")
@@ -37,10 +39,13 @@ class TrainSpec:
     """How long and how often.
 
     Attributes:
-      steps: updates in all.  batch: global batch size.  seed: of parameters, data order, masks and noise.
-      log_every, eval_every, save_every: in steps; 0 turns it off. The last step is always logged, saved and evaluated.
+      steps: updates in all.  batch: global batch size.  seed: seed of parameters, data order, masks and noise.
+      log_every: steps between rows of metrics; 0 for the last step alone.
+      eval_every: steps between evaluations; 0 for the last step alone.
+      save_every: steps between checkpoints; 0 for the last step alone.
       accumulate: microbatches per update.
-      profile_start, profile_steps: window traced into <workdir>/profile; 0 steps for none.
+      steps_per_dispatch: updates in one program, between which the host does nothing; the numbers are those of 1.
+      profile_start: first step traced into <workdir>/profile.  profile_steps: steps traced; 0 for none.
     """
 
     steps: int
@@ -50,12 +55,14 @@ class TrainSpec:
     eval_every: int = 0
     save_every: int = 500
     accumulate: int = 1
+    steps_per_dispatch: int = 1
     profile_start: int = 10
     profile_steps: int = 0
 
     def __post_init__(self):
-        if min(self.steps, self.batch, self.accumulate) < 1:
-            raise ValueError("train.steps, train.batch and train.accumulate must be at least 1")
+        if min(self.steps, self.batch, self.accumulate, self.steps_per_dispatch) < 1:
+            positive = "train.steps, train.batch, train.accumulate and train.steps_per_dispatch"
+            raise ValueError(f"{positive} must be at least 1")
         hooks = ("log_every", "eval_every", "save_every", "profile_start", "profile_steps")
         if negative := [f"train.{n}={getattr(self, n)}" for n in hooks if getattr(self, n) < 0]:
             raise ValueError(f"{', '.join(negative)} must not be negative")
@@ -63,6 +70,12 @@ class TrainSpec:
             raise ValueError(
                 f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} microbatches"
             )
+
+        if not self.profile_steps:
+            hooks = hooks[:3]
+        each = self.steps_per_dispatch
+        if odd := [f"train.{n}={v}" for n in ("steps", *hooks) if (v := getattr(self, n)) % each]:
+            raise ValueError(f"train.steps_per_dispatch={each} must divide {', '.join(odd)}")
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ValueError unless every microbatch spreads evenly over the mesh."""
@@ -98,13 +111,6 @@ class Ledger:
         self._since = now
 
 
-def _check_data(workdir: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    try:
-        check_fingerprint(saved.get("data", {}), now.get("data", {}))
-    except ValueError as error:
-        raise ConfigError(f"{workdir}: {error}") from error
-
-
 def _check_rows(batch: Any, rows: int) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if leaf.shape[:1] != (rows,):
@@ -126,6 +132,7 @@ def train(
     meta: Mapping[str, Any],
     evals: Mapping[str, EvalFn] | None = None,
     evaluate_again: bool = False,
+    prepare: Prepare = AS_IT_IS,
 ) -> tuple[Any, dict[str, float]]:
     """Trains to `spec.steps` and returns (final state, ledger seconds of all parts).
 
@@ -136,150 +143,236 @@ def train(
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
         fails leaves "<name>_failed" in the rows; a restart runs those that metrics.jsonl lacks at its first step.
       evaluate_again: they measure something else than before, so a restart repeats those at its first step.
+      prepare: makes a batch of what `batches` gives, inside the step (`common.train_step.make_dispatch`).
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
       Preempted: after SIGTERM; the state is saved.
       EvaluationFailed: at the end, with the state saved; a restart repeats what failed, and no training.
-      ConfigError: the checkpoint was trained on other data, or for longer than `spec.steps`.
+      ConfigError: the checkpoint was trained on other data, or for longer than `spec.steps`, or to a step between two
+        dispatches.
       ValueError: a batch has not `spec.batch` rows.
     """
-    ledger = Ledger()
-    plain = auto_mesh(mesh)
-    abstract, sharding = state_shardings(recipe, mesh)
-    restored = checkpointer.restore(abstract_with_shardings(abstract, sharding))
-    if restored is None:
-        state, start = init_sharded(recipe, jax.random.key(spec.seed), sharding), 0
-    else:
-        state, saved_meta = restored
-        start = int(state.step)
-        _check_data(workdir, saved_meta, meta)
-        ledger.seconds |= saved_meta.get("seconds", {})  # of the parts before this one
-        if start > spec.steps:
-            raise ConfigError(
-                f"{workdir} has trained {start} steps, more than train.steps={spec.steps}: raise it, or take another workdir"
-            )
-        log.info("continuing from step %d", start)
-    writer = open_writer(-1 if restored is None else start)
-    evals = evals or {}
-    anew = restored is None or evaluate_again
-    left = evals if anew else unrecorded(evals, workdir, start)  # at the first step
-
-    step_fn: Any = jax.jit(  # and the compiled program in its place
-        make_train_step(recipe, spec.accumulate),
-        in_shardings=(sharding, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(sharding, replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=compiler_options(),
-    )
-    profile = (
-        ProfileWindow(workdir, spec.profile_start, spec.profile_start + spec.profile_steps)
-        if spec.profile_steps
-        else None
-    )
-    pending: tuple[int, dict, float] | None = None  # the last dispatched step, not yet read
-    in_flight: list = []
-    # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other for ever.
-    most_in_flight = 0 if jax.default_backend() == "cpu" and mesh.size > 1 else 2
-    data = batches(start) if start < spec.steps else iter(())
-    ledger.charge("start")
-
-    def flush() -> None:
-        """Reads and writes the pending step's metrics; the only place where the host waits for the device."""
-        nonlocal pending
-        if pending is None:
-            return
-        step, metrics, seconds = pending
-        pending = None
-        values = compute(metrics)
-        ledger.charge("step")
-        if not all(map(math.isfinite, values.values())):
-            _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
-        row = values | recipe.schedules(step)
-        if seconds:
-            row |= {"images_per_second": spec.batch / seconds}
-        writer.write(step + 1, row)
-
-    def settle(step: int) -> None:
-        """Before the state is used: the rows so far, and the certainty that it did take every step."""
-        flush()
-        if int(state.step) != step:
-            _stop_at_non_finite(recipe, state, batches, checkpointer, meta)
-
-    def evaluate(step: int) -> str:
-        todo = {name: fn for name, fn in evals.items() if step != start or name in left}
-        if not todo:
-            return ""
-        settle(step)
-        with jax.set_mesh(plain):
-            row, failed = run_evals(todo, moved_to(plain, state), step, workdir)
-        if row:
-            writer.write(step, row)
-        ledger.charge("eval")
-        return "; ".join(f"{name!r} at step {step} failed: {why}" for name, why in failed.items())
-
-    def save(step: int, wait: bool = False) -> None:
-        settle(step)
-        checkpointer.save(step, state, {**meta, "seconds": dict(ledger.seconds)}, wait=wait)
-        ledger.charge("save")
-
-    def leave_if_told(step: int) -> None:
-        if guard.reached(step):
-            save(step, wait=True)
-            raise Preempted(f"stopped by a signal at step {step}; the state is saved")
-
-    due = lambda step, every: every and step and step % every == 0  # noqa: E731
-    mark, marked_step = time.perf_counter(), start
-    with contextlib.closing(writer), _ended(data), jax.set_mesh(mesh), PreemptionGuard() as guard:
+    loop = Loop(recipe, spec, mesh, batches, checkpointer, workdir, meta, evals or {}, prepare)
+    loop.start(open_writer, evaluate_again)
+    with contextlib.closing(loop.writer), _ended(loop.data), jax.set_mesh(mesh), loop.guard:
         # THE ORDER IS FIXED: save, eval, next batch, dispatch, write the previous step's metrics, hooks. A save comes
         # before the eval, which then sees what is saved and can lose nothing, and before the next batch, so that step
         # alone says where the data are.
-        for step in range(start, spec.steps):
-            leave_if_told(step)
-            if due(step, spec.save_every) and step != start:
-                save(step)
-            if due(step, spec.eval_every):
-                if failed := evaluate(step):
+        for step in range(loop.first, spec.steps, spec.steps_per_dispatch):
+            loop.leave_if_told(step)
+            if _due(step, spec.save_every) and step != loop.first:
+                loop.save(step)
+            if _due(step, spec.eval_every):
+                if failed := loop.evaluate(step):
                     log.error("evaluation %s; training goes on", failed)
-                leave_if_told(step)
-                mark, marked_step = time.perf_counter(), step
-            batch = next(data)
-            _check_rows(batch, spec.batch)
-            ledger.charge("input")
-            if step == start:
-                log.info("compiling the step (about a minute the first time) ...")
-                before = ledger.seconds.get("compile", 0.0)
-                step_fn = step_fn.lower(state, batch, jnp.int32(step)).compile()
-                set_fragments_aside()
-                ledger.charge("compile")
-                log.info("compiled in %.1f s", ledger.seconds["compile"] - before)
-            with annotate(step):
-                state, metrics = step_fn(state, batch, jnp.int32(step))
-            flush()
-            in_flight.append(metrics["loss"].sum)
-            if len(in_flight) > most_in_flight:
-                jax.block_until_ready(in_flight.pop(0))
-            ledger.charge("step")
-            if (spec.log_every and step % spec.log_every == 0) or step + 1 == spec.steps:
-                now = time.perf_counter()
-                steps_since = step - marked_step
-                pending = (step, metrics, (now - mark) / steps_since if steps_since else 0.0)
-                mark, marked_step = now, step
-            if profile:
-                profile(step, metrics)
-        if profile:
-            profile.close()
-        if start < spec.steps:
-            save(spec.steps, wait=True)
-        if start <= spec.steps:
-            leave_if_told(spec.steps)
-            if failed := evaluate(spec.steps):
-                raise EvaluationFailed(
-                    f"evaluation {failed}; the trained state is saved: mend that and start the same command again, "
-                    "which repeats only this"
-                )
-            leave_if_told(spec.steps)
-    return moved_to(plain, state), ledger.seconds
+                loop.leave_if_told(step)
+                loop.timed_from = time.perf_counter(), step
+            inputs = loop.next_inputs(step)
+            metrics = loop.dispatch(step, inputs)
+            loop.write_previous()
+            loop.keep_pace(step, metrics)
+        loop.finish()
+    return moved_to(loop.plain, loop.state), loop.ledger.seconds
+
+
+@dataclass
+class Loop:
+    """A training under way: its state, the steps of the last dispatch that are not yet read, and all that they go to.
+
+    `train` says in which order the methods are called, and what the arguments are.
+    """
+
+    recipe: Recipe
+    spec: TrainSpec
+    mesh: Mesh
+    batches: Callable[[int], Iterator[dict]]
+    checkpointer: Checkpointer
+    workdir: Path
+    meta: Mapping[str, Any]
+    evals: Mapping[str, EvalFn]
+    prepare: Prepare
+    ledger: Ledger = field(default_factory=Ledger)
+    guard: PreemptionGuard = field(default_factory=PreemptionGuard)
+    profile: ProfileWindow | None = None
+    in_a_second: dict[str, float] = field(default_factory=dict)  # the utilisation by steps of 1 s
+    # first step of the dispatch, which of its steps, metrics of all, seconds a step
+    pending: list[tuple[int, int, Metrics, float]] = field(default_factory=list)
+    in_flight: list[jax.Array] = field(default_factory=list)
+    state: TrainState = field(init=False)  # donated to every step: nothing else may hold it
+    first: int = field(init=False)  # the step that this start begins with
+    writer: Writer = field(init=False)
+    data: Iterator[dict] = field(init=False)
+
+    def start(self, open_writer: Callable[[int], Writer], evaluate_again: bool) -> None:
+        """Restores or makes the state, and opens the writer and the data."""
+        abstract, sharding = state_shardings(self.recipe, self.mesh)
+        restored = self.checkpointer.restore(abstract_with_shardings(abstract, sharding))
+        if restored is None:
+            self.state = init_sharded(self.recipe, jax.random.key(self.spec.seed), sharding)
+            self.first = 0
+        else:
+            self.state, saved_meta = restored
+            self.first = int(self.state.step)
+            self._check_restored(saved_meta)
+            self.ledger.seconds |= saved_meta.get("seconds", {})  # of the parts before this one
+            log.info("continuing from step %d", self.first)
+        self.writer = open_writer(-1 if restored is None else self.first)
+        every = restored is None or evaluate_again
+        left = self.evals if every else unrecorded(self.evals, self.workdir, self.first)
+        self.at_first = {name: fn for name, fn in self.evals.items() if name in left}
+        self.step_fn = jax.jit(
+            make_dispatch(make_train_step(self.recipe, self.spec.accumulate)),
+            in_shardings=(sharding, batch_sharding(self.mesh), *[replicated(self.mesh)] * 2),
+            out_shardings=(sharding, replicated(self.mesh)),
+            donate_argnums=0,
+            compiler_options=compiler_options(),
+        )
+        if self.spec.profile_steps:
+            begin = self.spec.profile_start
+            self.profile = ProfileWindow(self.workdir, begin, begin + self.spec.profile_steps)
+        # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other for ever.
+        one_by_one = jax.default_backend() == "cpu" and self.mesh.size > 1
+        self.most_in_flight = 0 if one_by_one else 2
+        self.plain = auto_mesh(self.mesh)  # for evaluations
+        self.data = self.batches(self.first) if self.first < self.spec.steps else iter(())
+        self.ledger.charge("start")
+        self.timed_from = time.perf_counter(), self.first  # what the speed is counted from
+
+    def _check_restored(self, saved: Mapping[str, Any]) -> None:
+        try:
+            check_fingerprint(saved.get("data", {}), self.meta.get("data", {}))
+        except ValueError as error:
+            raise ConfigError(f"{self.workdir}: {error}") from error
+        if self.first > self.spec.steps:
+            raise ConfigError(
+                f"{self.workdir} has trained {self.first} steps, more than train.steps={self.spec.steps}: raise it, or take "
+                "another workdir"
+            )
+        if self.first % (each := self.spec.steps_per_dispatch):
+            raise ConfigError(
+                f"{self.workdir} is at step {self.first}, which train.steps_per_dispatch={each} does not divide: set it to 1"
+            )
+
+    def next_inputs(self, step: int) -> tuple[dict, ...]:
+        """What the dispatch of this step and those after it takes. With the first one, it is compiled."""
+        inputs = tuple(next(self.data) for _ in range(self.spec.steps_per_dispatch))
+        for batch in inputs:
+            _check_rows(batch, self.spec.batch)
+        self.ledger.charge("input")
+        if step == self.first:
+            log.info("compiling the step (about a minute the first time) ...")
+            before = self.ledger.seconds.get("compile", 0.0)
+            now = jnp.int32(step)
+            traced = self.step_fn.trace(self.state, inputs, now, self.prepare)
+            self.step_fn = traced.lower().compile()
+            devices, steps = list(self.mesh.devices.flat), self.spec.steps_per_dispatch
+            self.in_a_second = utilisation(traced.jaxpr.jaxpr, devices, seconds=steps)
+            set_fragments_aside()
+            self.ledger.charge("compile")
+            log.info("compiled in %.1f s", self.ledger.seconds["compile"] - before)
+        return inputs
+
+    def dispatch(self, step: int, inputs: tuple[dict, ...]) -> Metrics:
+        with annotate(step):
+            now = jnp.int32(step)
+            self.state, metrics = self.step_fn(self.state, inputs, now, self.prepare)
+        return metrics
+
+    def write_previous(self) -> None:
+        """Reads and writes the pending steps' metrics; the only place where the host waits for the device."""
+        while self.pending:
+            first, i, metrics, seconds = self.pending.pop(0)
+            step, values = first + i, compute(jax.tree.map(itemgetter(i), jax.device_get(metrics)))
+            self.ledger.charge("step")
+            if not all(map(math.isfinite, values.values())):
+                self._stop_at_non_finite()
+            row = values | self.recipe.schedules(step)
+            if seconds:
+                row |= {"images_per_second": self.spec.batch / seconds}
+                row |= {name: part / seconds for name, part in self.in_a_second.items()}
+            self.writer.write(step + 1, row)
+
+    def keep_pace(self, step: int, metrics: Metrics) -> None:
+        """Waits where too many dispatches are in flight, and notes the steps whose metrics are to be written."""
+        self.in_flight.append(metrics["loss"].sum)
+        if len(self.in_flight) > self.most_in_flight:
+            jax.block_until_ready(self.in_flight.pop(0))
+        self.ledger.charge("step")
+        logged = [0] if self.spec.log_every and step % self.spec.log_every == 0 else []
+        if step + (each := self.spec.steps_per_dispatch) == self.spec.steps:
+            logged = sorted({*logged, each - 1})
+        if logged:
+            (began, since), now = self.timed_from, time.perf_counter()
+            seconds = (now - began) / (step - since) if step > since else 0.0
+            self.pending = [(step, i, metrics, seconds) for i in logged]
+            self.timed_from = now, step
+        if self.profile:
+            self.profile(step, metrics)
+
+    def settle(self, step: int) -> None:
+        """Before the state is used: the rows so far, and the certainty that it did take every step."""
+        self.write_previous()
+        if int(self.state.step) != step:
+            self._stop_at_non_finite()
+
+    def evaluate(self, step: int) -> str:
+        """Runs the evaluations and writes their row. Returns which failed, and why; "" if none."""
+        todo = self.at_first if step == self.first else self.evals
+        if not todo:
+            return ""
+        self.settle(step)
+        with jax.set_mesh(self.plain):
+            row, failed = run_evals(todo, moved_to(self.plain, self.state), step, self.workdir)
+        if row:
+            self.writer.write(step, row)
+        self.ledger.charge("eval")
+        return "; ".join(f"{name!r} at step {step} failed: {why}" for name, why in failed.items())
+
+    def save(self, step: int, wait: bool = False) -> None:
+        self.settle(step)
+        meta = {**self.meta, "seconds": dict(self.ledger.seconds)}
+        self.checkpointer.save(step, self.state, meta, wait=wait)
+        self.ledger.charge("save")
+
+    def leave_if_told(self, step: int) -> None:
+        """After a signal: saves and raises Preempted."""
+        if self.guard.reached(step):
+            self.save(step, wait=True)
+            raise Preempted(f"stopped by a signal at step {step}; the state is saved")
+
+    def finish(self) -> None:
+        """Saves and evaluates the last state."""
+        last = self.spec.steps
+        if self.profile:
+            self.profile.close()
+        if self.first < last:
+            self.save(last, wait=True)
+        self.leave_if_told(last)
+        if failed := self.evaluate(last):
+            raise EvaluationFailed(
+                f"evaluation {failed}; the trained state is saved: mend that and start the same command again, "
+                "which repeats only this"
+            )
+        self.leave_if_told(last)
+
+    def _stop_at_non_finite(self) -> None:
+        step = int(self.state.step)  # the guarded step froze the state at the first bad step
+        with jax.set_mesh(self.plain):
+            inputs = next(self.batches(step)), self.prepare
+            state, (inputs, prepare) = moved_to(self.plain, (self.state, inputs))
+            batch = jax.jit(lambda make, x: make(x))(prepare, inputs)
+            where = diagnose(self.recipe, state, batch)
+        meta = {**self.meta, "stopped": "non-finite loss"}
+        self.checkpointer.save(step, self.state, meta, wait=True)
+        raise NonFiniteLoss(
+            f"step {step} is not finite, {where}. The state before it is saved as step {step}. Lower "
+            "config.optim.lr, set config.optim.clip, or compute in float32 (config.policy.compute)."
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every and step and step % every == 0)
 
 
 @contextlib.contextmanager
@@ -290,15 +383,3 @@ def _ended(data: Iterator[dict]) -> Iterator[None]:
     finally:
         if close := getattr(data, "close", None):
             close()
-
-
-def _stop_at_non_finite(recipe, state, batches, checkpointer, meta) -> None:
-    step = int(state.step)  # the guarded step froze the state at the first bad step
-    plain = auto_mesh(state.step.sharding.mesh)
-    with jax.set_mesh(plain):
-        where = diagnose(recipe, *moved_to(plain, (state, next(batches(step)))))
-    checkpointer.save(step, state, {**meta, "stopped": "non-finite loss"}, wait=True)
-    raise NonFiniteLoss(
-        f"step {step} is not finite, {where}. The state before it is saved as step {step}. Lower "
-        "config.optim.lr, set config.optim.clip, or compute in float32 (config.policy.compute)."
-    )

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.metrics import Metrics, mean, total
+from common.metrics import Metrics, mean, sum_metrics
 from common.recipe import Recipe
-from common.sharding import path_name
+from common.sharding import BATCH_AXES, path_name
 from common.state import TrainState
 
 Step = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
@@ -47,7 +47,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         # batch's memory and more.
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads, metrics = jax.lax.scan(add, zeros, (jnp.arange(accumulate), parts))
-        return jax.tree.map(lambda g: g / accumulate, grads), total(metrics)
+        return jax.tree.map(lambda g: g / accumulate, grads), sum_metrics(metrics)
 
     def step(state: TrainState, batch: dict, expected: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -71,6 +71,36 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         return keep, metrics | learned | {"grad_norm": mean(grad_norm)}
 
     return step
+
+
+# From what the input pipeline gives to a batch: a jax.tree_util.Partial, so that it may hold arrays.
+Prepare = Callable[[dict], dict]
+AS_IT_IS: Prepare = jax.tree_util.Partial(lambda batch: batch)
+
+
+def make_dispatch(step: Step) -> Callable[..., tuple[TrainState, Metrics]]:
+    """dispatch(state, inputs, first, prepare) -> (state, metrics): K steps of `make_train_step` in one program.
+
+    `inputs` has K pytrees of the input pipeline, for step `first` and those after it. `prepare` makes a batch of each
+    inside the program. The metrics of every step are kept: their leaves are [K].
+    """
+
+    def dispatch(state: TrainState, inputs: tuple[dict, ...], first: jax.Array, prepare: Prepare):
+        prepared = prepare
+        if jax.sharding.get_abstract_mesh().explicit_axes:
+            prepared = jax.sharding.auto_axes(prepare, out_sharding=jax.P(BATCH_AXES))
+
+        def one(state: TrainState, numbered: tuple[jax.Array, dict]):
+            i, batch = numbered
+            return step(state, prepared(batch), first + i)
+
+        if len(inputs) == 1:
+            state, metrics = one(state, (jnp.int32(0), inputs[0]))
+            return state, jax.tree.map(lambda x: x[None], metrics)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *inputs)
+        return jax.lax.scan(one, state, (jnp.arange(len(inputs)), stacked))
+
+    return dispatch
 
 
 def _placed_like(params: Any, gradients: Callable) -> Callable:

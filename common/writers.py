@@ -71,7 +71,7 @@ def complete_lines(path: str | os.PathLike[str]) -> list[str]:
     return text[: text.rfind(b"\n") + 1].decode().splitlines()
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     """The rows of a `metrics.jsonl`, in order. Raises ValueError naming a line that is no JSON."""
     rows = []
     for number, line in enumerate(complete_lines(path), start=1):

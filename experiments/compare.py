@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.plots import NOT_CURVES, curves
-from common.writers import read_rows
+from common.writers import read_metrics
 
 KINDS = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")  # that need no TeX
 _NAME = 16  # a longer name goes over several lines
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         picture = picture_path(args.out)
         runs = {name: read(path) for name, path in zip(names, args.runs)}
         series = choose(runs, [s.strip() for s in args.series.split(",") if s.strip()])
-        draw(runs, series, picture)
+        draw_comparison(runs, series, picture)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -100,7 +100,7 @@ def read(path: Path) -> Rows:
         inside = sorted(p.parent for p in path.glob("**/metrics.jsonl"))[:3]
         hint = f"; did you mean {', '.join(map(str, inside))}?" if inside else ""
         raise ValueError(f"{path} holds no metrics.jsonl{hint}")
-    rows = read_rows(file)
+    rows = read_metrics(file)
     if not rows:
         raise ValueError(f"{file} has no rows yet")
     return rows
@@ -121,7 +121,7 @@ def choose(runs: Mapping[str, Rows], wanted: Sequence[str]) -> list[str]:
     return list(wanted) or [k for k in every if sum(k in has for has in held.values()) >= enough]
 
 
-def draw(runs: Mapping[str, Rows], series: Sequence[str], path: Path) -> None:
+def draw_comparison(runs: Mapping[str, Rows], series: Sequence[str], path: Path) -> None:
     """A panel for each series, a line in it for each run."""
     rows = [
         {"step": row["step"], **{f"{name}\n{key}": row[key] for key in series if key in row}}

@@ -1,7 +1,8 @@
 """The registry of jobs: a config's `job` names one, a function of a Run -> exit code."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -11,6 +12,7 @@ from common.full_disk import NoSpaceError
 from common.images import ImageError
 from common.workdir import WorkdirError
 from experiments.shared.run import Run
+from experiments.shared.settings import describe
 
 # By name, so that a run loads its own package and no other.
 JOBS = {
@@ -24,6 +26,20 @@ JOBS = {
     "sinks_streameval": "experiments.sinks.tasks:run_streameval",
     "sinks_pretrain": "experiments.sinks.pretrain:run",
     "sinks_qa_stream": "experiments.sinks.tasks:run_qa_stream",
+}
+
+# The dataclass of a job's settings, of which its configs are made.
+SETTINGS = {
+    "jepa_pretrain": "experiments.jepa.settings:Settings",
+    "jepa_baselines": "experiments.jepa.settings:Settings",
+    "metaopt_grid": "experiments.metaopt.grid_job:Settings",
+    "metaopt_table1": "experiments.metaopt.table1:Settings",
+    "sinks_perplexity": "experiments.sinks.perplexity:Settings",
+    "sinks_speed": "experiments.sinks.speed:Settings",
+    "sinks_attention_map": "experiments.sinks.attention_map:Settings",
+    "sinks_streameval": "experiments.sinks.tasks:StreamEvalSettings",
+    "sinks_pretrain": "experiments.sinks.pretrain:Settings",
+    "sinks_qa_stream": "experiments.sinks.tasks:QASettings",
 }
 
 # Those that several processes can run as one; each process of another would do all of the work, and write its own rows.
@@ -68,6 +84,12 @@ def find(name: str) -> Callable[[Run], int]:
     if name not in JOBS:
         raise ConfigError(f"config.job={name!r} is unknown; known jobs: {', '.join(JOBS)}")
     return pkgutil.resolve_name(JOBS[name])
+
+
+def about(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Type and one line of every setting of a config's job, by its name; {} for a job that says nothing."""
+    known = SETTINGS.get(values.get("job", ""))
+    return describe(pkgutil.resolve_name(known)) if known else {}
 
 
 def check_processes(name: str, processes: int) -> None:

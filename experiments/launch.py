@@ -5,11 +5,12 @@
   python -m experiments.launch --config=... --workdir=... --config.optim.lr=3e-4 --config.train.steps=1000
 
 The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop);
-`--config=PATH.py --help` lists its arguments and settings. Started again in the same workdir, a run continues exactly
-where its last checkpoint stands, and one that is done says so. A start with other settings is refused;
---resume=changed takes them on purpose, and the row then tells what changed at which step. A workdir serves one run at
-a time. Exit codes: 0 done, 1 failed (also a full disk, or a final evaluation that failed: the same command does what
-is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again), 130 by Ctrl-C.
+`--config=PATH.py --help` lists its arguments and settings. `--config.GROUP.NAME=None` unsets one that may be None. Started
+again in the same workdir, a run continues exactly where its last checkpoint stands, and one that is done says so. A start
+with other settings is refused; --resume=changed takes them on purpose, and the row then tells what changed at which step. A
+workdir serves one run at a time. Exit codes: 0 done, 1 failed (also a full disk, or a final evaluation that failed: the same
+command does what is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again), 130
+by Ctrl-C.
 
 On a pod start the same command on every host; on a cluster without auto-detection add --coordinator, --num_processes and
 --process_id. Processes that differ in settings, code, library versions or data stop with exit code 2 before the first step.
@@ -19,6 +20,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,7 @@ from common.host import keep_freed_memory
 from common.paths import check_local
 from experiments.shared import usage
 from experiments.shared.old_paths import renewed
+from experiments.shared.old_settings import renewed as renewed_settings
 from experiments.shared.stopping import interrupted, leave
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -70,12 +73,13 @@ def _launch(argv: list[str]) -> int:
     if usage.wanted(argv):
         return _help(argv)
     try:
+        argv, unset = usage.without_none(argv)
         unused = flags.FLAGS(argv)[1:]
         if _CONFIG.value is None or not _WORKDIR.value:
             print(usage.of_flags(str(__doc__), _CONFIG.name))
             return _fail("both --config and --workdir are needed")
         check_local(_WORKDIR.value, "--workdir")
-        config = _CONFIG.value.to_dict()
+        config = _settings(unset)
     except _WRONG_FLAGS as error:
         return _fail(_plain(error))
     if unused:
@@ -100,7 +104,7 @@ def _launch(argv: list[str]) -> int:
         _join_hosts(config)
         joined = True
         with hold(_WORKDIR.value) as workdir:
-            return job(Run(config, workdir, resume=_RESUME.value, **_origin()))
+            return job(Run(config, workdir, resume=_RESUME.value, **_origin(unset)))
     except Exception as error:
         return _end(error, joined)
 
@@ -119,14 +123,19 @@ def _end(error: Exception, joined: bool) -> int:
 
 def _help(argv: list[str]) -> int:
     """Prints every flag, and the configs or, with --config, what that one can be told."""
+    from experiments.jobs import about
+
     print(usage.of_flags(str(__doc__), _CONFIG.name))
     try:
-        flags.FLAGS(usage.without_help(argv))
+        argv, unset = usage.without_none(usage.without_help(argv))
+        flags.FLAGS(argv)
         if _CONFIG.value is None:
             print(usage.of_configs())
         else:
             path = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
-            print(usage.of_config(path.partition(":")[0], _CONFIG.value.to_dict()))
+            print(
+                usage.of_config(path.partition(":")[0], values := _settings(unset), about(values))
+            )
     except _WRONG_FLAGS as error:
         return _fail(_plain(error))
     return 0
@@ -157,13 +166,19 @@ def _join_hosts(config: dict[str, Any]) -> None:
         ) from error
 
 
-def _origin() -> dict[str, Any]:
+def _settings(unset: Sequence[str]) -> dict[str, Any]:
+    """The config as the command line has it, with None for the settings of these names."""
+    _CONFIG.value.update_from_flattened_dict(dict.fromkeys(unset))
+    return renewed_settings(_CONFIG.value.to_dict(), tell=True)
+
+
+def _origin(unset: Sequence[str]) -> dict[str, Any]:
     """Where the settings come from: the config's file, its argument, and what the command line changed."""
     flag = flags.FLAGS["config"]
     path, _, arg = config_flags.get_config_filename(flag).partition(":")
     changed = config_flags.get_override_values(flag).items()
     overrides = {k: v.to_dict() if isinstance(v, ConfigDict) else v for k, v in changed}
-    return {"config": path, "arg": arg, "overrides": overrides}
+    return {"config": path, "arg": arg, "overrides": overrides | dict.fromkeys(unset)}
 
 
 def _plain(error: BaseException) -> str:

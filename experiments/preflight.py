@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.shared.old_paths import renewed
+from experiments.shared.old_settings import as_before
 
 # This process compiles for TPUs and runs nothing: the CPU is its only device, and no cloud is asked about a TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -93,8 +94,8 @@ def check(config: dict[str, Any], topology: str) -> Report:
 
     chip, devices = topology_chips(topology)
     settings = resolve(config)
-    # On a TPU the depth loop is a loop; "0" would look at this process's CPU.
-    policy = dataclasses.replace(settings.recipe.policy, unroll=settings.recipe.policy.unroll or 1)
+    # On a TPU the depth loop is a loop; None would look at this process's CPU.
+    policy = dataclasses.replace(settings.recipe.policy, unroll=settings.policy.unroll or 1)
     recipe = dataclasses.replace(settings.recipe, policy=policy)
     try:
         mesh = make_mesh(settings.mesh, devices)
@@ -103,9 +104,7 @@ def check(config: dict[str, Any], topology: str) -> Report:
         raise ConfigError(str(error)) from error
     state = abstract_with_shardings(abstract, sharding)
     shapes = recipe.batch_shapes(settings.train.batch)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), shapes
-    )
+    batch = abstract_with_shardings(shapes, jax.tree.map(lambda _: batch_sharding(mesh), shapes))
     step = make_train_step(recipe, settings.train.accumulate)
     expected = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     began = time.perf_counter()
@@ -119,7 +118,6 @@ def check(config: dict[str, Any], topology: str) -> Report:
     seconds = time.perf_counter() - began
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None  # a TPU's compiler gives both
-    peak = PEAK_FLOPS[KINDS[chip]]
     return Report(
         config=settings.name,
         topology=topology,
@@ -130,10 +128,10 @@ def check(config: dict[str, Any], topology: str) -> Report:
         temp_gib=(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 2**30,
         hbm_gib=HBM_GIB[chip],
         flops=flops,
-        seconds_at_peak=flops / (peak * len(devices)),
+        seconds_at_peak=flops / (PEAK_FLOPS[KINDS[chip]] * len(devices)),
         collectives=count_collectives(hlo),
         compile_seconds=seconds,
-        config_hash=config_hash(config),
+        config_hash=config_hash(as_before(config)),
         libtpu=importlib.metadata.version("libtpu"),
     )  # fmt: skip
 
@@ -290,7 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     known = {(row["topology"], row.get("config_hash", "")) for row in table}
     paths = [here / f"{name}.py" for name in RELEASED] if args.all else [args.config]
     if args.missing:
-        paths = [p for p in paths if (args.topology, config_hash(_load(str(p)))) not in known]
+        paths = [
+            p for p in paths if (args.topology, config_hash(as_before(_load(str(p))))) not in known
+        ]
 
     fit = True
     for path in paths:

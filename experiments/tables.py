@@ -1,16 +1,16 @@
-"""The reproduction tables of each paper, from the committed rows and the papers' own numbers: docs/results/tables.md.
+"""The reproduction tables of each paper and what they cover: docs/results/tables.md, and coverage.md beside it.
 
   python -m experiments.tables [--results=experiments/results] [--out=docs/results/tables.md] [--check]
 
-Nothing in the file is typed: every number of ours is a row's (its id stands next to it), every number of a paper comes
-from experiments/PAPER/published_*.csv or from the job that runs the table. `--check` writes nothing and fails where the
-file is out of date.
+Nothing in them is typed: every number of ours is a row's (its id stands next to it), every number of a paper comes from
+experiments/PAPER/published.csv. `--check` writes nothing and fails where one is out of date.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from experiments import coverage
 from experiments.jepa import tables as jepa
 from experiments.metaopt import tables as metaopt
 from experiments.shared.tables import HERE
@@ -39,25 +39,27 @@ def main(argv: list[str] | None = None) -> int:
         "--out",
         type=Path,
         default=HERE.parent / "docs" / "results" / "tables.md",
-        help="file to write",
+        help="file to write, with coverage.md beside it",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     args = parser.parse_args(argv)
     if not args.results.is_dir():
         parser.error(f"--results={args.results} is no folder")
-    text = render(args.results)
-    if args.check:
-        if not args.out.exists() or args.out.read_text() != text:
-            print(f"{args.out} is out of date: run python -m experiments.tables", file=sys.stderr)
-            return 1
-        return 0
-    args.out.write_text(text)
-    print(f"wrote {args.out}")
-    return 0
+    pages = {args.out: render, args.out.with_name("coverage.md"): coverage.render}
+    code = 0
+    for path, page in pages.items():
+        text = page(args.results)
+        if not args.check:
+            path.write_text(text)
+            print(f"wrote {path}")
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path} is out of date: run python -m experiments.tables", file=sys.stderr)
+            code = 1
+    return code
 
 
 def render(results: Path) -> str:
-    """The whole file."""
+    """The whole of tables.md."""
     parts = [HEAD]
     for title, paper in PAPERS.items():
         folder = results / paper.__name__.split(".")[-2]

@@ -1,4 +1,4 @@
-"""Sizes of I-JEPA models (ijepa spec 1.3, 1.4)."""
+"""Sizes of I-JEPA models (docs/papers/ijepa.md 1.3, 1.4)."""
 
 from dataclasses import dataclass, replace
 
@@ -10,9 +10,9 @@ class ViTConfig:
     Attributes:
       image: (height, width) in pixels; both must divide into patches.
       width, depth, heads, hidden: the encoder; hidden is the MLP's inner width.
-      predictor_width, predictor_depth, predictor_heads: the predictor (0 heads: the encoder's count, as released).
+      predictor_width, predictor_depth, predictor_heads: the predictor (heads None: the encoder's count, as released).
       depth_rescale: divide output projections of block l by sqrt(2 l) at init. The released models were trained
-        without it, as a later re-draw undoes it (spec 1.5).
+        without it, as a later re-draw undoes it (docs/papers/ijepa.md 1.5).
       position_scale: factor on the encoder's position table; 1 as released. At init the table outweighs the patches,
         targets are mostly position, and short runs spend themselves on that: below 1, content leads from the start.
     """
@@ -25,13 +25,14 @@ class ViTConfig:
     hidden: int
     predictor_width: int = 384
     predictor_depth: int = 6
-    predictor_heads: int = 0
+    predictor_heads: int | None = None
     channels: int = 3
     depth_rescale: bool = False
     position_scale: float = 1.0
 
     def __post_init__(self):
-        if min(self.patch, self.width, self.heads, self.hidden, *self.image) < 1:
+        heads = self.heads, self.heads if self.predictor_heads is None else self.predictor_heads
+        if min(self.patch, self.width, *heads, self.hidden, *self.image) < 1:
             raise ValueError(f"model sizes must be at least 1, got {self}")
         for side in self.image:
             if side % self.patch:
@@ -39,12 +40,12 @@ class ViTConfig:
                     f"model.image={self.image} does not divide into patches of {self.patch}: "
                     f"choose a multiple, such as {-(-side // self.patch) * self.patch}"
                 )
-        for width, heads, what in (
-            (self.width, self.heads, "width"),
-            (self.predictor_width, self.predictor_heads or self.heads, "predictor_width"),
+        for width, count, what in (
+            (self.width, heads[0], "width"),
+            (self.predictor_width, heads[1], "predictor_width"),
         ):
-            if width % heads:
-                raise ValueError(f"model.{what}={width} does not divide into {heads} heads")
+            if width % count:
+                raise ValueError(f"model.{what}={width} does not divide into {count} heads")
             if width % 4:
                 raise ValueError(f"model.{what}={width}: 2-D positions need a multiple of 4")
         if min(self.depth, self.predictor_depth) < 1:

@@ -1,4 +1,4 @@
-"""Public I-JEPA weights into our parameter trees (ijepa spec 1.8, 4).
+"""Public I-JEPA weights into our parameter trees (docs/papers/ijepa.md 1.8, 4).
 
 Input is a mapping from torch-style names to arrays, such as `safetensors.numpy.load_file` returns.
 Three sets of names are known, and the caller need not tell them apart:

@@ -1,4 +1,4 @@
-"""The Vision Transformer encoder (ijepa spec 1.3).
+"""The Vision Transformer encoder (docs/papers/ijepa.md 1.3).
 
 Legend: B batch, N tokens of the grid, K kept tokens, D width, H/W/C image height, width, channels, L layers.
 """

@@ -3,29 +3,29 @@
 An image of N = H * W patches gets `num_targets` rectangular target blocks, which may overlap each
 other, and one context: a large block minus all targets. Two samplers give the same kind of output:
 
-`fixed`  The default. Scale and aspect are drawn independently for every block of every image, a
-         block may lie anywhere, edges included, and the context is cut to a token budget by a
-         random subset. An image whose draw leaves less than the budget is drawn anew.
-`paper`  The rules of the released collator: one uniform sets scale and aspect alike, all images of
-         a group of `collate` share one target size and one context size, starts stop one short of
-         the last row and column, and every context is cut to the group's smallest by keeping its
-         first patches in raster order. The cut is part of the published recipe: at 16 x 16 patches
-         and 128 images it takes the context from .43 N to .27 N.
+`fixed`  Scale and aspect are drawn independently for every block of every image, a block may lie anywhere, and a
+         random subset of the context meets a token budget. An image whose draw leaves less draws again.
+`paper`  The rules of the released collator: one uniform sets scale and aspect alike, all images of a group of
+         `collate` share one target size and one context size, starts stop one short of the last row and column,
+         and every context is cut to the group's smallest by keeping its first patches in raster order. The cut is
+         part of the published recipe: at 16 x 16 patches and 128 images it takes the context from .43 N to .27 N.
 
-Masks are a pure function of the seed and the row's position in the stream of examples, so they do
-not depend on batching, workers, hosts or the step a run resumed from.
+Masks are a pure function of the seed and the row's position in the stream of examples, so they do not depend on
+batching, workers, hosts or the step a run resumed from.
 
 Axes: B images, M target blocks, Kc and Kt padded lengths, N patches, H and W the grid's sides.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Grid = tuple[int, int]
 Range = tuple[float, float]
+Array = Any  # of NumPy or, inside a jitted step, of JAX
 
 _MIN_ACCEPTANCE = 0.5  # share of images that must succeed at the first draw
 _MAX_DRAWS = 64  # with the above, an image fails them all about once in 2**64
@@ -49,17 +49,17 @@ class Masks(NamedTuple):
 class MaskSpec:
     """What to draw. A spec that could not be sampled is refused when it is built.
 
-    Args:
+    Attributes:
       grid: (H, W), the rows and columns of patches.
-      mode: "fixed" or "paper", see the module's text.
+      mode: sampler, "fixed" or "paper"; see the module's text.
       context_scale: range of the context block's area as a share of N; its aspect is 1.
       target_scale: range of a target block's area as a share of N.
       target_aspect: range of a target block's height / width.
       num_targets: target blocks per image, M.
       min_keep: a context must have more tokens than this; in `paper` mode a target block too.
-      context_tokens: in `fixed` mode the context's length; 0 means N // 4, after the average of .25 N
+      context_tokens: in `fixed` mode the context's length; None means N // 4, after the average of .25 N
         that the paper reports. In `paper` mode a cap on top of the group's cut, which keeps static
-        shapes tight; 0 means none: the largest context that could occur.
+        shapes tight; None means none: the largest context that could occur.
       collate: images that share block sizes and a context length in `paper` mode, the released
         recipe's batch per GPU. The larger the group, the smaller its contexts.
 
@@ -75,7 +75,7 @@ class MaskSpec:
     target_aspect: Range = (0.75, 1.5)
     num_targets: int = 4
     min_keep: int = 10
-    context_tokens: int = 0
+    context_tokens: int | None = None
     collate: int = 128
 
     def __post_init__(self):
@@ -106,9 +106,9 @@ class MaskSpec:
             bounds = getattr(self, name)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] <= top:
                 raise ValueError(f"{name} is {bounds}; give (low, high), 0 < low <= high <= {top}")
-        for name, low in dict(num_targets=1, collate=1, min_keep=0, context_tokens=0).items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least {low}")
+        for name, low in dict(num_targets=1, collate=1, min_keep=0, context_tokens=1).items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name} is {value}; give at least {low}")
         (_validate_fixed if self.mode == "fixed" else _validate_paper)(self)
 
 
@@ -166,9 +166,8 @@ def coverage(spec: MaskSpec, n: int, seed: int = 0) -> Coverage:
     parts = []
     for first in range(0, n, step):
         m = sample(spec, seed, np.arange(first, min(n, first + step)))
-        in_context = _occupied(m.context, m.context_valid, patches)
-        in_target = _occupied(m.targets, m.target_valid, patches)
-        parts.append((in_context, in_target, m.target_valid.sum(-1)))
+        used = [_occupied(*part, patches) for part in (m[:2], m[2:])]  # by context, by targets
+        parts.append((*used, m.target_valid.sum(-1)))
     in_context, in_target, target_sizes = map(np.concatenate, zip(*parts))
     context, target = (mask.mean(0).reshape(spec.grid) for mask in (in_context, in_target))
     return Coverage(context, target, in_context.sum(1), target_sizes, in_target.sum(1))
@@ -189,7 +188,8 @@ def _sample_fixed(spec: MaskSpec, seed: int, rows: np.ndarray) -> Masks:
     free = np.empty((b, n), bool)
     todo = np.arange(b)
     for draw in range(_MAX_DRAWS):
-        targets[todo], free[todo] = _draw_fixed(spec, _fold(keys[todo], 1 + draw))
+        uniforms = partial(_uniforms, _fold(keys[todo], 1 + draw))
+        targets[todo], free[todo] = draw_fixed(spec, uniforms)
         todo = todo[free[todo].sum(1) < budget]
         if not todo.size:
             break
@@ -199,36 +199,37 @@ def _sample_fixed(spec: MaskSpec, seed: int, rows: np.ndarray) -> Masks:
     rank = np.where(free, _uniforms(_fold(keys, 0), n), 1)
     context = np.argpartition(rank, budget - 1, axis=1)[:, :budget].astype(np.int32)
     context.sort(axis=1)
-    return Masks(context, np.ones((b, budget), bool), *_block_indices(spec, targets))
+    return Masks(context, np.ones((b, budget), bool), *block_indices(spec, targets))
 
 
-def _draw_fixed(spec: MaskSpec, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One draw per key: target rectangles [B, M, 4] and what they leave of the context [B, N]."""
+def draw_fixed(spec: MaskSpec, uniforms: Callable[[int], Array]) -> tuple[Array, Array]:
+    """One draw: target rectangles [B, M, 4] and what they leave of the context [B, N]; `uniforms` makes [B, n] of n."""
     m = spec.num_targets
-    u = _uniforms(keys, 5 * (m + 1)).reshape(-1, m + 1, 5)
+    u = uniforms(5 * (m + 1)).reshape(-1, m + 1, 5)
     target_hw = _fixed_size(spec.grid, spec.target_scale, spec.target_aspect, u[:, :m])
     context_hw = _fixed_size(spec.grid, spec.context_scale, (1.0, 1.0), u[:, m:])
-    hw = np.concatenate([target_hw, context_hw], 1)
+    hw = u.__array_namespace__().concatenate([target_hw, context_hw], 1)
     blocks = _place(hw, np.array(spec.grid) - hw + 1, u[..., 3:])
     covered = _cover(spec.grid, blocks)
     return blocks[:, :m], covered[:, m] & ~covered[:, :m].any(1)
 
 
-def _fixed_size(grid: Grid, scale: Range, aspect: Range, u: np.ndarray) -> np.ndarray:
+def _fixed_size(grid: Grid, scale: Range, aspect: Range, u: Array) -> Array:
     """(height, width) [..., 2] from uniforms [..., 3+] for the scale, the aspect and a coin.
 
     The coin says which side is rounded first; the other takes what is left of the area. So the
     area stays close to its draw, the context block varies, rows and columns are alike, and a side
     that meets the grid's edge lengthens the other instead of shrinking the block.
     """
+    xp = u.__array_namespace__()
     area = grid[0] * grid[1] * _lerp(scale, u[..., 0])
     ratio = _lerp(aspect, u[..., 1])
     tall = u[..., 2] < 0.5
-    limit, other_limit = np.where(tall, grid[0], grid[1]), np.where(tall, grid[1], grid[0])
-    side = np.sqrt(area * np.where(tall, ratio, 1 / ratio))
-    side = np.rint(np.clip(side, area / other_limit, limit)).clip(1)
-    other = np.rint(area / side).clip(1, other_limit)
-    return np.stack([np.where(tall, side, other), np.where(tall, other, side)], -1)
+    limit, other_limit = xp.where(tall, grid[0], grid[1]), xp.where(tall, grid[1], grid[0])
+    side = xp.sqrt(area * xp.where(tall, ratio, 1 / ratio))
+    side = xp.rint(xp.clip(side, area / other_limit, limit)).clip(1)
+    other = xp.rint(area / side).clip(1, other_limit)
+    return xp.stack([xp.where(tall, side, other), xp.where(tall, other, side)], -1)
 
 
 def _fixed_target_bound(spec: MaskSpec) -> int:
@@ -253,7 +254,7 @@ def _validate_fixed(spec: MaskSpec) -> None:
             f"the context of grid {spec.grid} has {spec.context_size} tokens, and min_keep "
             f"{spec.min_keep} demands more; raise context_tokens or the grid, or lower min_keep"
         )
-    free = _draw_fixed(spec, _stream(0, np.arange(256)))[1].sum(1)
+    free = draw_fixed(spec, partial(_uniforms, _stream(0, np.arange(256))))[1].sum(1)
     if np.mean(free >= spec.context_size) < _MIN_ACCEPTANCE:
         room = int(np.quantile(free, 0.25))
         lower = f"set context_tokens to at most {room}, or " if room > spec.min_keep else ""
@@ -293,7 +294,7 @@ def _sample_paper(spec: MaskSpec, seed: int, rows: np.ndarray) -> Masks:
     valid = np.arange(spec.context_size) < shortest[:, None]
     context = np.sort(np.where(free[mine], np.arange(n, dtype=np.int32), np.int32(n)), axis=1)
     context = np.where(valid, context[:, : spec.context_size], np.int32(0))
-    return Masks(context, valid, *_block_indices(spec, targets[mine]))
+    return Masks(context, valid, *block_indices(spec, targets[mine]))
 
 
 def _paper_size(grid: Grid, scale: Range, aspect: Range, u: np.ndarray) -> np.ndarray:
@@ -350,31 +351,30 @@ def _validate_paper(spec: MaskSpec) -> None:
             )
 
 
-def _place(hw: np.ndarray, starts: np.ndarray, u: np.ndarray) -> np.ndarray:
+def _place(hw: Array, starts: Array, u: Array) -> Array:
     """(top, left, height, width) int32 [B, M, 4]; top and left are uniform below `starts`."""
-    corner = np.floor(u * starts)
-    return np.concatenate([corner, np.broadcast_to(hw, corner.shape)], -1).astype(np.int32)
+    xp = u.__array_namespace__()
+    return xp.concatenate([u * starts, xp.broadcast_to(hw, u.shape)], -1).astype(np.int32)
 
 
-def _cover(grid: Grid, blocks: np.ndarray) -> np.ndarray:
+def _cover(grid: Grid, blocks: Array) -> Array:
     """The patches of rectangles [B, M, 4] as bool [B, M, N]."""
-    top, left, h, w = (side[..., None] for side in np.moveaxis(blocks, -1, 0))
+    top, left, h, w = (blocks[..., side, None] for side in range(4))
     y, x = (np.arange(side, dtype=np.int32) for side in grid)
     in_rows, in_cols = (y >= top) & (y < top + h), (x >= left) & (x < left + w)
     covered = in_rows[..., :, None] & in_cols[..., None, :]
     return covered.reshape(*blocks.shape[:-1], len(y) * len(x))
 
 
-def _block_indices(spec: MaskSpec, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def block_indices(spec: MaskSpec, blocks: Array) -> tuple[Array, Array]:
     """Flat indices int32 [B, M, Kt] and validity of rectangles [B, M, 4]."""
-    top, left, h, w = (side[..., None] for side in np.moveaxis(blocks, -1, 0))
+    top, left, h, w = (blocks[..., side, None] for side in range(4))
     slot = np.arange(spec.target_size, dtype=np.int32)
-    y, x = np.divmod(slot, w)
     valid = slot < h * w
-    return np.where(valid, (top + y) * np.int32(spec.grid[1]) + left + x, np.int32(0)), valid
+    return ((top + slot // w) * np.int32(spec.grid[1]) + left + slot % w) * valid, valid
 
 
-def _lerp(bounds: Range, u: np.ndarray) -> np.ndarray:
+def _lerp(bounds: Range, u: Array) -> Array:
     return bounds[0] + u * (bounds[1] - bounds[0])
 
 

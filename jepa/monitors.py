@@ -1,7 +1,7 @@
-"""Collapse monitors on frozen features: each a pure, jitted function of arrays (ijepa spec 6.3).
+"""Collapse monitors on frozen features: each a pure, jitted function of arrays (docs/papers/ijepa.md 6.3).
 
 They say that, and how, training has collapsed. None of them can choose a checkpoint: on small data,
-loss falls and rank rises while accuracy decays (spec 6.2).
+loss falls and rank rises while accuracy decays (docs/papers/ijepa.md 6.2).
 
 Legend: B images, N tokens (patches, row by row), K predicted slots, D features, R rows of either.
 """
@@ -72,7 +72,7 @@ def cross_sample_gap(
     """Mean of cos(prediction, own target) - cos(prediction, another image's target there).
 
     In [-2, 2]. 0 says that predictions ignore the image and know the position at most, whatever the
-    loss says (ijepa spec 6.3). The second term is the mean over all other images.
+    loss says (docs/papers/ijepa.md 6.3). The second term is the mean over all other images.
 
     Args:
       pred_BKD: predictions of K patches of each image.
@@ -97,9 +97,9 @@ def token_position_r2(
     """R^2 of a ridge regression from a token to its (row, column): is a token its place?
 
     Fitted on the even images, measured on the odd ones, averaged over the coordinates that vary. At
-    most 1; near 0 when tokens carry no position, and below it when the fit does worse than the
-    mean. Random initialisation gives about 1, as positions are added to tokens; healthy training
-    falls below 0.9; a value that stays at 1 while `rankme` falls is positional collapse (spec 6.3).
+    most 1; near 0 when tokens carry no position, and below it when the fit does worse than the mean.
+    Random initialisation gives about 1, as positions are added to tokens; healthy training falls below
+    0.9; a value that stays at 1 while `rankme` falls is positional collapse (docs/papers/ijepa.md 6.3).
 
     Args:
       tokens_BND: of at least two images, N = rows x columns, row by row.

@@ -1,4 +1,4 @@
-"""The I-JEPA objective: predict the EMA encoder's view of hidden blocks (ijepa spec 1.0).
+"""The I-JEPA objective: predict the EMA encoder's view of hidden blocks (docs/papers/ijepa.md 1.0).
 
 Legend: B batch, M target blocks, C context tokens, T target tokens, N grid tokens, D width.
 """
@@ -27,8 +27,9 @@ class ObjectiveSpec:
       center: subtract from every target its position's mean over the batch, before the norm. Not in the paper (False):
         what position alone predicts is then no part of the loss, which short runs otherwise spend themselves on.
       position_noise: StoP's sigma on mask positions; 0.25 in its paper, 0 for I-JEPA.
+      vicreg: factor on C-JEPA's terms; 0 for I-JEPA.
       variance, covariance, invariance: C-JEPA's terms on pooled context and target embeddings (Mo & Tong, NeurIPS
-        2024; spec 6.1), each times `vicreg`. 0 for I-JEPA.
+        2024; docs/papers/ijepa.md 6.1), each times `vicreg`.
     """
 
     distance: str = "smooth_l1"
@@ -82,6 +83,35 @@ def ijepa_loss(
     z_BCD = encoder(params["encoder"], images, batch["context"], context_valid)
 
     # 3. Prediction of every block, and the mean distance over valid tokens and features.
+    loss = prediction_error(predictor, spec, params["predictor"], z_BCD, target_BMTD, batch, key)
+
+    metrics = {"loss_prediction": mean(loss)}
+    if spec.vicreg:
+        pooled_context = weighted_mean(z_BCD, context_valid, axis=1)
+        terms = vicreg_terms(pooled_context, h_BND.mean(1))
+        loss += spec.vicreg * sum(getattr(spec, name) * value for name, value in terms.items())
+        metrics |= {f"loss_{name}": mean(value) for name, value in terms.items()}
+    metrics |= {
+        "loss": mean(loss),
+        "target_std": mean(token_std(target_BMTD, target_valid)),
+        "context_std": mean(pooled_std(z_BCD, context_valid)),
+    }
+    return loss, metrics
+
+
+def prediction_error(
+    predictor: Predictor,
+    spec: ObjectiveSpec,
+    params: Params,
+    z_BCD: jax.Array,
+    target_BMTD: jax.Array,
+    batch: dict[str, Any],
+    key: jax.Array | None,
+) -> jax.Array:
+    """The mean distance of all predictions from their targets; `params` are the predictor's."""
+    B, M, T = batch["targets"].shape
+    context_valid, target_valid = batch.get("context_valid"), batch.get("target_valid")
+
     def error_sum(params, z_BCD, given):
         target_BMTD, valid_BMT, *inputs = given
         error_BMTD = distance(predictor(params, z_BCD, *inputs) - target_BMTD, spec.distance)
@@ -97,21 +127,8 @@ def ijepa_loss(
         predictor.noise(key, batch["targets"]),
     )
     largest = 4 * M * (z_BCD.shape[1] + T) * predictor.hidden
-    error = sum_in_groups(error_sum, params["predictor"], z_BCD, given, largest)
-    loss = error / (B * M * T if target_valid is None else jnp.maximum(target_valid.sum(), 1))
-
-    metrics = {"loss_prediction": mean(loss)}
-    if spec.vicreg:
-        pooled_context = weighted_mean(z_BCD, context_valid, axis=1)
-        terms = vicreg_terms(pooled_context, h_BND.mean(1))
-        loss += spec.vicreg * sum(getattr(spec, name) * value for name, value in terms.items())
-        metrics |= {f"loss_{name}": mean(value) for name, value in terms.items()}
-    metrics |= {
-        "loss": mean(loss),
-        "target_std": mean(token_std(target_BMTD, target_valid)),
-        "context_std": mean(pooled_std(z_BCD, context_valid)),
-    }
-    return loss, metrics
+    error = sum_in_groups(error_sum, params, z_BCD, given, largest)
+    return error / (B * M * T if target_valid is None else jnp.maximum(target_valid.sum(), 1))
 
 
 def feature_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The predictor: a narrow ViT that fills target positions from context tokens (ijepa spec 1.4).
+"""The predictor: a narrow ViT that fills target positions from context tokens (docs/papers/ijepa.md 1.4).
 
 Legend: B batch, M target blocks, C context tokens, T tokens of a target block, D encoder width, P predictor width.
 """
@@ -22,8 +22,8 @@ class Predictor:
     """Each target block is a sequence of its own, [context ; mask tokens]: blocks never see each other.
 
     Attributes:
-      position_noise: sigma of StoP's noise on the mask tokens' positions (Bar et al., ICML 2024; spec 6.1): the mask
-        token becomes A n + position + shared token, with n ~ N(0, sigma^2 I) and A the input projection. 0: none.
+      position_noise: sigma of StoP's noise on the mask tokens' positions (docs/papers/ijepa.md 6.1): the mask token
+        becomes A n + position + shared token, with n ~ N(0, sigma^2 I) and A the input projection. 0: none.
     """
 
     config: ViTConfig

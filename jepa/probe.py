@@ -1,4 +1,4 @@
-"""Frozen-feature probes: linear, logistic and kNN (Assran et al. 2023, appendix A.2; ijepa spec 2).
+"""Frozen-feature probes: linear, logistic and kNN (Assran et al. 2023, appendix A.2; docs/papers/ijepa.md 2).
 
 Features are extracted once, without augmentation, and every probe reads the same arrays (`jepa.features`).
 All probes standardise with the statistics of the training features only; none chooses anything on test data.
@@ -245,7 +245,7 @@ def linear_probe(
     spec: ProbeSpec = ProbeSpec(),
     progress: Progress | None = None,
 ) -> ProbeResult:
-    """Linear softmax classifier on frozen features (spec 2).
+    """Linear softmax classifier on frozen features (docs/papers/ijepa.md 2).
 
     Trains the whole grid of `spec` at once on 90 % of the training rows, picks the pair that is
     most accurate on the other 10 % (ties go to the first), retrains that one on all of them and
@@ -341,8 +341,8 @@ def logistic_probe(
     """Test accuracy of multinomial logistic regression: cheap, deterministic, for few labels.
 
     Minimises (sum of cross-entropies) + l2 / 2 |W|^2 on standardised features, without intercept,
-    in at most `max_iter` L-BFGS iterations (spec 2, "1% labels, linear"; a rotation, as there,
-    would leave this objective unchanged).
+    in at most `max_iter` L-BFGS iterations (docs/papers/ijepa.md 2, "1% labels, linear"; a rotation, as
+    there, would leave this objective unchanged).
     """
     train_ID, test_ID = map(np.asarray, standardize(train, test))
     model = LogisticRegression(C=1 / l2, fit_intercept=False, max_iter=max_iter)

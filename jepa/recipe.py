@@ -1,4 +1,4 @@
-"""I-JEPA pretraining in the paper's order: masks, targets, context, prediction, AdamW, EMA (ijepa spec 1)."""
+"""I-JEPA pretraining in the paper's order: masks, targets, context, prediction, AdamW, EMA (docs/papers/ijepa.md 1)."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,11 @@ AXES = LOGICAL_AXES | {
 
 @dataclass(frozen=True)
 class EmaSpec:
-    """The target encoder's momentum: linear from `start` to `final`. Equal values keep it constant (spec 6.2)."""
+    """The EMA encoder's momentum, linear over the run; constant if both are equal (docs/papers/ijepa.md 6.2).
+
+    Attributes:
+      start: momentum at the first update.  final: momentum at the last.
+    """
 
     start: float = 0.996
     final: float = 1.0
@@ -139,6 +143,11 @@ class AddMasks:
 
     spec: MaskSpec
     seed: int
+
+    def __repr__(self) -> str:
+        """As checkpoints of version 0.1 hold it in the fingerprint of their data, with 0 where nothing is set."""
+        text = f"AddMasks(spec={self.spec}, seed={self.seed})"
+        return text.replace("context_tokens=None", "context_tokens=0")
 
     def __call__(self, batch: dict, rows: np.ndarray) -> dict:
         masks = sample(self.spec, self.seed, rows)

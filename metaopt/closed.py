@@ -1,4 +1,4 @@
-"""Closed-form derivatives of the usual update rules (spec 1.2): what the last step would have been, from today's state.
+"""Closed-form derivatives of the last step of the usual update rules, from today's state (docs/papers/gdtuo.md 1.2).
 
 Each rule is one function of a single array: given what the optimizer holds now, it returns d(last update)/d(keyword) for
 the keywords that are learned. Only `Form.without_gradient` keywords can do without a copy of the last gradient.
@@ -124,17 +124,20 @@ def _adagrad(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
     return {name: forms[name]() for name in names}
 
 
+def _adam_state(state: Any) -> H:
+    return {"t": state[0].count, "m": state[0].mu, "v": state[0].nu}
+
+
 _ADAM = {"learning_rate": None, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "eps_root": 0.0}
-_ADAM_STATE = lambda s: {"t": s[0].count, "m": s[0].mu, "v": s[0].nu}  # noqa: E731
 _PLAIN_ADAM = {"mu_dtype": None, "nesterov": False}
 
 FORMS: dict[Any, Form] = {
     optax.adam: Form(
-        _adam, _ADAM_STATE, _ADAM, _PLAIN_ADAM,
+        _adam, _adam_state, _ADAM, _PLAIN_ADAM,
         frozenset({"learning_rate", "b1", "b2", "eps"}), frozenset({"learning_rate", "eps"}),
     ),
     optax.adamw: Form(
-        _adam, _ADAM_STATE, {**_ADAM, "weight_decay": 1e-4, "mask": None}, _PLAIN_ADAM,
+        _adam, _adam_state, {**_ADAM, "weight_decay": 1e-4, "mask": None}, _PLAIN_ADAM,
         frozenset({"learning_rate", "b1", "b2", "eps", "weight_decay"}), frozenset({"learning_rate", "eps", "weight_decay"}),
     ),
     optax.sgd: Form(

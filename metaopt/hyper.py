@@ -13,7 +13,7 @@ from metaopt import guards as guarding
 from metaopt.guards import Guards
 from metaopt.pack import Packed, packed
 from metaopt.rule import Row, Rule, Values, make_rule, named, needs_value, row
-from metaopt.signals import Method, Trace, choose, pack_sum, refuse_unkept, scaled
+from metaopt.signals import Mode, Trace, choose, pack_sum, refuse_unkept, scaled
 
 
 class HyperState(NamedTuple):
@@ -116,7 +116,7 @@ class _Level:
     """One optimizer and what learns its hyperparameters."""
 
     rule: Rule
-    method: Method
+    method: Mode
     upper: optax.GradientTransformationExtraArgs
     guards: Guards
     trace: Trace

@@ -123,7 +123,10 @@ def _skipped(level: HyperState) -> str:
 
 def _bare(tree: Any) -> Any:
     """Arrays without what a library has put around each (flax.nnx.Optimizer does)."""
-    around = lambda x: callable(getattr(x, "__jax_array__", None))  # noqa: E731
+
+    def around(x):
+        return callable(getattr(x, "__jax_array__", None))
+
     return jax.tree.map(lambda x: x.__jax_array__() if around(x) else x, tree, is_leaf=around)
 
 

@@ -35,7 +35,7 @@ BIJECTORS = {
         Bijector("log", jnp.exp, lambda y, xp: xp.log(y), (0, _INF), (1e-12, 1e6)),
         # 1 - b2 changes by a factor, too. Nearer to 1, bias correction loses its digits in float32.
         Bijector("logit", jax.nn.sigmoid, lambda y, xp: xp.log(y / (1 - y)), (0, 1), (1e-3, 1 - 1e-5)),
-        # The paper's own forms (spec 1.3): a raw rate can turn negative, a squared one can get stuck at 0.
+        # The paper's own forms (docs/papers/gdtuo.md 1.3): a raw rate can turn negative, a squared one can get stuck at 0.
         Bijector("raw", lambda x: x, lambda y, xp: y, (-_INF, _INF), (-_INF, _INF)),
         Bijector("square", jnp.square, lambda y, xp: xp.sqrt(y), (0, _INF), (0, _INF)),
         Bijector("half_logit", lambda x: (jnp.tanh(x) + 1) / 2, lambda y, xp: xp.log(y / (1 - y)) / 2, (0, 1), (0, 1)),

@@ -1,4 +1,6 @@
-"""The paper's optimizers as configurations of `hyper`, equal to the released package (spec 1.3): raw rates, no guards.
+"""The paper's optimizers as configurations of `hyper`, equal to the released package (docs/papers/gdtuo.md 1.3).
+
+Learned values have the package's raw forms, and there are no guards:
 
   sgd(0.01, by=sgd(0.01))                    # the paper's SGD / SGD
   adam(1e-3, by=sgd_per_param({"learning_rate": 1e-5, "b1": 1e-4}))

@@ -155,7 +155,10 @@ class Rule:
             self.built({name: spec.init for name, spec in self.learned.items()}),
             lambda _, g: g, state, group_tree, transform_non_params=lambda _: 0,
         )  # fmt: skip
-        pick = lambda g, *options: options[g]  # noqa: E731
+
+        def pick(g, *options):
+            return options[g]
+
         updates = jax.tree.map(pick, group_tree, *(u for u, _ in results))
         return updates, jax.tree.map(pick, group_of_state, *(s for _, s in results))
 

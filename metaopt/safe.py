@@ -64,8 +64,7 @@ def _rewritten(param: Any) -> Any:
         return type(param)(map(_rewritten, param)) if _holds_program(param) else param
     if not isinstance(param, ClosedJaxpr):
         return param
-    body = lambda *args: _evaluate(param.jaxpr, param.consts, args)  # noqa: E731
-    return jax.make_jaxpr(body)(*param.in_avals)
+    return jax.make_jaxpr(lambda *args: _evaluate(param.jaxpr, param.consts, args))(*param.in_avals)
 
 
 def _holds_program(params: Any) -> bool:

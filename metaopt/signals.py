@@ -1,6 +1,7 @@
-"""Hypergradients: the last update's derivative by each hyperparameter, times the fresh gradient (spec 1.2, 1.4).
+"""Hypergradients: the last update's derivative by each hyperparameter, times the fresh gradient.
 
-With u(h) the last update as a function of its hyperparameters, at its stored inputs, the signal is
+With u(h) the last update as a function of its hyperparameters, at its stored inputs, the signal is (docs/papers/gdtuo.md
+1.2, 1.4)
 
   d loss / d h = [du/dh]^T g,   g = the gradient at the parameters that u led to.
 
@@ -109,7 +110,7 @@ class Step(NamedTuple):
     memory: Any
 
 
-class Method(Protocol):
+class Mode(Protocol):
     """How du/dh is had. `raw`, `count` are those of the update that the memory is about."""
 
     @property
@@ -277,7 +278,7 @@ class Replay:
 
 
 def refuse_unkept(
-    method: Method,
+    method: Mode,
     rule: Rule,
     values: Values,
     grads: Updates,
@@ -324,7 +325,7 @@ def refuse_unkept(
         )
 
 
-def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Method:
+def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Mode:
     """The method `mode` names; "auto" takes the one with the least memory, closed forms first."""
     if mode not in ("auto", "closed", "tangent", "replay"):
         raise ValueError(f'mode={mode!r}: give "auto", "closed", "tangent" or "replay"')
@@ -366,10 +367,10 @@ def scaled(factor: jax.Array, tree: Any) -> Any:
 def _dot(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """The sum of Re(conj(a) b)."""
     pairs = zip(parts_of(a), parts_of(b))  # the other's imaginary part meets nothing if one is real
-    return sum((total(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
+    return sum((sum_all(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
 
 
-def total(x: jax.Array) -> jax.Array:
+def sum_all(x: jax.Array) -> jax.Array:
     """The sum of an array. XLA's CPU compiler adds one number at a time, but multiplies matrices in vectors."""
     if x.ndim == 0:
         return x

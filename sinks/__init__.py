@@ -7,7 +7,7 @@
 `cache.py` -> `attention.py` -> `stream.py` are the paper in its order; `models/` has the families, `loading.py` fills them.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,10 +18,8 @@ __all__ = ["Model", "load"]
 
 def __getattr__(name: str):
     """All is imported when it is first needed: `python -m sinks.chat` passes here before it can handle Ctrl-C."""
-    if not name.startswith("_"):
-        loading = importlib.import_module("sinks.loading")  # and with it most of the package
-        if name in __all__ and hasattr(loading, name):
-            return getattr(loading, name)
-        if name in globals():
-            return globals()[name]
+    if name in __all__:
+        return getattr(importlib.import_module("sinks.loading"), name)
+    if not name.startswith("_") and importlib.util.find_spec(f"sinks.{name}"):
+        return importlib.import_module(f"sinks.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,14 @@
 """Attention over sinks, ring and new tokens: one softmax, for one token or a chunk of any length.
 
-A chunk gives exactly what its tokens give one by one (spec 2: each query has its own visible set and distances, and what a
-layer stores for a token depends on that token's query alone). So a long text needs no loop over tokens.
+A chunk gives exactly what its tokens give one by one (docs/papers/streamingllm.md 2: each query has its own visible set and
+distances, and what a layer stores for a token depends on that token's query alone). So a long text needs no loop over
+tokens.
 
 Legend: B batch, T new tokens, H query heads, G key heads, Q = H / G query heads per key head, K head width, S sinks,
 R ring slots, M keys.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -30,9 +32,8 @@ from sinks.positions import (
     visible,
 )
 
-QUERY_BLOCK = (
-    256  # queries of a chunk that share one slice of keys: R + 256, of which each query sees R + 1
-)
+# Queries of a chunk that share one slice of keys: R + 256, of which each query sees R + 1.
+QUERY_BLOCK = 256
 
 
 class Plan(NamedTuple):
@@ -103,11 +104,11 @@ def attend(
       The mixed values [B, T, H, K], and what the cache has to keep: {"sink_k", "sink_v"} as they now stand, and the new
       tokens' {"k", "v"} (with int8, their scales too), [B, G, T, ...].
     """
-    T, S, stored = q_BTHK.shape[1], spec.sinks, jnp.dtype(spec.dtype)
+    stored = jnp.dtype(spec.dtype)
     k_BGTK = rotate(k_BTGK, plan.recent).swapaxes(1, 2).astype(stored)
     v_BGTK = v_BTGK.swapaxes(1, 2).astype(stored)
     if layer is None:
-        sink_k, sink_v = k_BGTK[:, :, :S], v_BGTK[:, :, :S]
+        sink_k, sink_v = k_BGTK[:, :, : spec.sinks], v_BGTK[:, :, : spec.sinks]
     else:
         sink_k = write_sinks(layer["sink_k"], k_BGTK, plan.start, plan.n)
         sink_v = write_sinks(layer["sink_v"], v_BGTK, plan.start, plan.n)
@@ -116,54 +117,89 @@ def attend(
     sinks = Keys(sink_k, sink_v, jnp.arange(sink_k.shape[2])[None])
     # New tokens are read as the ring will hold them, so that in int8 too it does not matter where a text is cut. The
     # sinks among them are read from their own slots.
-    new = Keys(*decode_kv(spec, kept), jnp.where(plan.t >= S, plan.t, NOWHERE))
+    new = Keys(*decode_kv(spec, kept), jnp.where(plan.t >= spec.sinks, plan.t, NOWHERE))
     q_sink = _by_key_head(rotate(q_BTHK, plan.sink), new)
     q_recent = _by_key_head(rotate(q_BTHK, plan.recent), new)
-    bias = _bias(config, sink_logit_H)
-
-    if layer is None:
-        recent = [new]
-    elif T == 1:
-        recent = [_ring(spec, layer, plan.start), new]
+    given = (q_sink, q_recent, sinks, new, _bias(config, sink_logit_H))
+    if layer is not None and q_BTHK.shape[1] == 1:
+        mixed_BGQTK = _decode(spec, plan, layer, *given)
     else:
-        ring = _ring(spec, layer, plan.start, in_order=True)
-        recent = [Keys(*(jnp.concatenate(pair, axis) for *pair, axis in zip(ring, new, (2, 2, 1))))]
+        mixed_BGQTK = _chunk(spec, plan, layer, *given)
+    return mixed_BGQTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape), kept
+
+
+def _decode(
+    spec: CacheSpec,
+    plan: Plan,
+    layer: Layer,
+    q_sink: jax.Array,
+    q_recent: jax.Array,
+    sinks: Keys,
+    new: Keys,
+    bias: Bias,
+) -> jax.Array:
+    """One token over sinks, ring and itself; the ring is read as it lies. Returns [B, G, Q, 1, K]."""
+    ring = _ring(spec, layer, plan.start)
+
+    def plain() -> jax.Array:
+        parts = [(q_sink, sinks)] if spec.sinks else []
+        parts += [(q_recent, ring), (q_recent, new)]
+        return _softmax_mix(parts, plan.t, plan.evicted, spec.sinks, bias)
+
+    def on_tpu() -> jax.Array:
+        # The kernel takes two sets of keys. The new token joins the sinks, whose copy is small: it is turned back from
+        # its own rotation to theirs.
+        back = between(plan.recent, plan.sink)
+        k_here = rotate(new.k.swapaxes(1, 2), back).swapaxes(1, 2).astype(sinks.k.dtype)
+        j = jnp.broadcast_to(sinks.j, (len(new.j), sinks.j.shape[1]))
+        first = _joined(Keys(sinks.k, sinks.v, j), Keys(k_here, new.v, new.j))
+        stored = Keys(layer["k"], layer["v"], ring.j)
+        scales = (layer["k_scale"], layer["v_scale"]) if spec.int8 else None
+        return _kernel(q_sink, q_recent, first, stored, plan, spec.sinks, bias, scales)
+
+    return _on_backend(spec, new.k, on_tpu, plain)
+
+
+def _chunk(
+    spec: CacheSpec,
+    plan: Plan,
+    layer: Layer | None,
+    q_sink: jax.Array,
+    q_recent: jax.Array,
+    sinks: Keys,
+    new: Keys,
+    bias: Bias,
+) -> jax.Array:
+    """T tokens over sinks, ring (if there is a cache) and each other, by blocks of queries. Returns [B, G, Q, T, K]."""
+    recent = new if layer is None else _joined(_ring(spec, layer, plan.start, in_order=True), new)
+    T, M = q_recent.shape[3], recent.k.shape[2]
 
     def block(first: int, last: int) -> jax.Array:
         """Queries first .. last-1 of the chunk, over the slice of keys that any of them may see."""
-        rows = slice(first, last)
-        parts = [(q_sink[:, :, :, rows], sinks)] if S else []
-        for keys in recent:
-            M = keys.k.shape[2]
-            seen = slice(max(0, M - T + first - spec.recent), max(M - T, 0) + last)
-            cut = keys if T == 1 else Keys(keys.k[:, :, seen], keys.v[:, :, seen], keys.j[:, seen])
-            parts.append((q_recent[:, :, :, rows], cut))
-        return _softmax_mix(parts, plan.t[:, rows], plan.evicted[:, rows], S, bias)
+        rows, seen = slice(first, last), slice(max(0, M - T + first - spec.recent), M - T + last)
+        keys = Keys(recent.k[:, :, seen], recent.v[:, :, seen], recent.j[:, seen])
+        parts = [(q_sink[:, :, :, rows], sinks)] if spec.sinks else []
+        parts.append((q_recent[:, :, :, rows], keys))
+        return _softmax_mix(parts, plan.t[:, rows], plan.evicted[:, rows], spec.sinks, bias)
 
-    def in_blocks() -> jax.Array:
+    def plain() -> jax.Array:
         mixed = [block(i, min(i + QUERY_BLOCK, T)) for i in range(0, T, QUERY_BLOCK)]
         return jnp.concatenate(mixed, 3) if len(mixed) > 1 else mixed[0]
 
     def on_tpu() -> jax.Array:
-        if T > 1:
-            return _kernel(q_sink, q_recent, sinks, recent[0], plan, S, bias)
-        assert layer is not None
-        # The ring is read as it lies, without a copy to put the new token beside it: that joins the sinks, turned back
-        # from its own rotation to theirs.
-        back = between(plan.recent, plan.sink)
-        k_here = rotate(new.k.swapaxes(1, 2), back).swapaxes(1, 2).astype(stored)
-        j = jnp.broadcast_to(sinks.j, (len(new.j), sinks.j.shape[1]))
-        pairs = (sinks.k, k_here, 2), (sinks.v, new.v, 2), (j, new.j, 1)
-        first = Keys(*(jnp.concatenate((a, b), axis) for a, b, axis in pairs))
-        ring = Keys(layer["k"], layer["v"], recent[0].j)
-        scales = (layer["k_scale"], layer["v_scale"]) if spec.int8 else None
-        return _kernel(q_sink, q_recent, first, ring, plan, S, bias, scales)
+        return _kernel(q_sink, q_recent, sinks, recent, plan, spec.sinks, bias)
 
-    if layer is not None and _kernel_fits(spec, *k_BGTK.shape[:2]):
-        mixed_BGQTK = jax.lax.platform_dependent(tpu=on_tpu, default=in_blocks)
-    else:
-        mixed_BGQTK = in_blocks()
-    return mixed_BGQTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape), kept
+    return plain() if layer is None else _on_backend(spec, new.k, on_tpu, plain)
+
+
+def _on_backend(spec: CacheSpec, k_BGTK: jax.Array, on_tpu: Callable, plain: Callable) -> jax.Array:
+    if not _kernel_fits(spec, *k_BGTK.shape[:2]):
+        return plain()
+    return jax.lax.platform_dependent(tpu=on_tpu, default=plain)
+
+
+def _joined(a: Keys, b: Keys) -> Keys:
+    return Keys(*(jnp.concatenate(pair, axis) for *pair, axis in zip(a, b, (2, 2, 1))))
 
 
 def _kernel_fits(spec: CacheSpec, B: int, G: int) -> bool:
@@ -224,9 +260,8 @@ def _softmax_mix(
         scores.append(jnp.where(seen_BTM[:, None, None], score, -jnp.inf))
 
     peak = jnp.stack([score.max(-1) for score in scores]).max(0)
-    peak = jnp.maximum(
-        peak, jnp.finfo(peak.dtype).min
-    )  # padding in an empty row sees nothing at all
+    # Padding in an empty row sees nothing at all.
+    peak = jnp.maximum(peak, jnp.finfo(peak.dtype).min)
     if bias.no_key is not None:
         no_key = bias.no_key.reshape(1, *scores[0].shape[1:3], 1).astype(peak.dtype)
         peak = jnp.maximum(peak, no_key)

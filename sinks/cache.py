@@ -1,9 +1,10 @@
-"""The key-value cache of an endless stream: S sinks, written once, and a ring of the R newest tokens (spec 1.10, layout B).
+"""The key-value cache of an endless stream: S sinks, written once, and a ring of the R newest tokens.
 
-Nothing is ever moved. Token j >= S goes to slot (j - S) mod R and stays there until it is overwritten, R tokens later. Keys
-are stored rotated by their true position and never rotated again: queries are rotated twice instead, by the position
-t for the ring and by their place in the cache for the sinks (sinks/attention.py). Attention reads before it writes, so a
-query sees R past tokens and itself, the paper's C + 1 = S + R + 1 keys, in a cache of exactly C.
+This is layout B of docs/papers/streamingllm.md 1.10. Nothing is ever moved. Token j >= S goes to slot (j - S) mod R and
+stays there until it is overwritten, R tokens later. Keys are stored rotated by their true position and never rotated again:
+queries are rotated twice instead, by the position t for the ring and by their place in the cache for the sinks
+(sinks/attention.py). Attention reads before it writes, so a query sees R past tokens and itself, the paper's S + R + 1
+keys, in a cache of exactly C.
 
 All shapes are static; one compiled program serves every length. Rows of a batch have lengths of their own.
 

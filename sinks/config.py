@@ -35,7 +35,8 @@ class RopeScaling:
       kind: "linear" (all frequencies divided by factor) or "llama3" (only the slow ones, with a smooth passage).
       low_freq_factor, high_freq_factor, original_positions: of "llama3".
 
-    Frequencies that depend on the current length (dynamic NTK, LongRoPE) have no exact streaming form (spec 2).
+    Frequencies that depend on the current length (dynamic NTK, LongRoPE) have no exact streaming form
+    (docs/papers/streamingllm.md 2).
     """
 
     kind: str

@@ -4,13 +4,11 @@ The model's memory is the cache, of a size that stays. The conversation's text i
 look at all of it (sinks/templates.py).
 """
 
-import contextlib
-import logging
 import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +67,7 @@ class Conversation:
 
     def new(self) -> None:
         """Forgets everything."""
-        self.dialog = templates.begin(self.model.tokenizer, self.system)
+        self.dialog = templates.new_dialog(self.model.tokenizer, self.system)
         self._unread: list[int] = []  # shown, but not yet fed to the model
         self._turns: list[int] = []  # where the remembered turns begin
         self._stamps: set[str] = set()  # of the saved states that this stream has gone through
@@ -205,7 +203,9 @@ class Conversation:
         path = _path(folder)
         meta = _meta(path)
         if meta.get("chat") != FORMAT:
-            raise ValueError(f"{path} is no folder that /save of this version made")
+            raise ValueError(
+                f"{path} was saved by another version: go on there, or begin a new stream with /new"
+            )
         config = self.model.config
         if meta["model"] != _model(self.model) or meta["spec"] != asdict(self.spec):
             flags = _flags(meta)
@@ -237,7 +237,7 @@ class Conversation:
     def _write(self, path: Path, stamp: str) -> None:
         part = path.with_name(f".{path.name}.{stamp}.part")
         try:
-            with _quiet_orbax(), Checkpointer(part) as saver:
+            with Checkpointer(part) as saver:
                 saver.save(self.length, {"cache": self.cache}, self._state(stamp), wait=True)
             _put_in_place(part, path)
         finally:
@@ -303,17 +303,6 @@ def _meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no folder that /save made") from None
     except (DamagedError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {_one_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """What goes wrong is raised, and told in one line; orbax would print its traceback as well, three times."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _put_in_place(part: Path, path: Path) -> None:

@@ -54,15 +54,11 @@ def mix(
     B, G, Q, T, K = q_recent.shape
     rows, keys = min(ROWS, _up(Q * T, 8)), min(KEYS, _up(recent_k.shape[2], LANES))
     N, M, S = _up(Q * T, rows), _up(recent_k.shape[2], keys), _up(max(sink_k.shape[2], 1), LANES)
-
-    def by_row(x: jax.Array, value: float = 0) -> jax.Array:
-        """[B or G, ..., Q, T, ...] with rows in one axis of N, padded."""
-        return _pad(x, -2, N, value)
-
+    by_row = partial(_pad, axis=-2, size=N)  # [..., Q T, ...] with rows of padding
     q = [by_row(x.reshape(B, G, Q * T, K)) for x in (q_sink, q_recent)]
     times = [by_row(jnp.tile(x, (1, Q))[..., None]) for x in (t, evicted)]
     per_head = [
-        by_row(jnp.repeat(x.astype(jnp.float32), T, axis=1)[..., None], value)
+        by_row(jnp.repeat(x.astype(jnp.float32), T, axis=1)[..., None], value=value)
         for x, value in ((slopes, 0), (jnp.maximum(no_key, MASKED), MASKED))
     ]
     sink_kv = [_pad(x, 2, S) for x in (sink_k, sink_v)]
@@ -71,32 +67,33 @@ def mix(
     recent_j = _pad(recent_j, 1, M, NOWHERE)[:, None]
     by_slot = [x[:, :, None] for x in scales or ()]
 
-    row = lambda width: pl.BlockSpec((None, None, rows, width), lambda b, g, i, m: (b, g, i, 0))  # noqa: E731
-    time = pl.BlockSpec((None, rows, 1), lambda b, g, i, m: (b, i, 0))
-    head = pl.BlockSpec((None, rows, 1), lambda b, g, i, m: (g, i, 0))
-    sink = pl.BlockSpec((None, None, S, K), lambda b, g, i, m: (b, g, 0, 0))
-    key = pl.BlockSpec((None, None, keys, K), lambda b, g, i, m: (b, g, m, 0))
-    scale = pl.BlockSpec((None, None, 1, keys), lambda b, g, i, m: (b, g, 0, m))
+    in_specs, row = _blocks(rows, keys, S, K, len(by_slot))
+    order = ("parallel", "parallel", "parallel", "arbitrary")
     out = pl.pallas_call(
         partial(_kernel, sinks, recent_k.shape[2], K**-0.5),
         grid=(B, G, N // rows, M // keys),
-        in_specs=[
-            *(row(K), row(K)),
-            *(time, time),
-            *(head, head),
-            *(sink, sink, pl.BlockSpec((None, 1, S), lambda b, g, i, m: (b, 0, 0))),
-            *(key, key, pl.BlockSpec((None, 1, keys), lambda b, g, i, m: (b, 0, m))),
-            *(scale for _ in by_slot),
-        ],
-        out_specs=row(K),
+        in_specs=in_specs,
+        out_specs=row,
         out_shape=jax.ShapeDtypeStruct((B, G, N, K), jnp.float32),
         scratch_shapes=[pltpu.VMEM((rows, w), jnp.float32) for w in (LANES, LANES, K)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=order),
         interpret=interpret,
     )(*q, *times, *per_head, *sink_kv, sink_j, recent_k, recent_v, recent_j, *by_slot)
     return out[:, :, : Q * T].reshape(B, G, Q, T, K)
+
+
+def _blocks(rows: int, keys: int, S: int, K: int, scales: int) -> tuple[list, pl.BlockSpec]:
+    """The block of each of `_kernel`'s arrays at a place (b, g, i, m) of the grid, and that of its result."""
+    row = pl.BlockSpec((None, None, rows, K), lambda b, g, i, m: (b, g, i, 0))
+    time = pl.BlockSpec((None, rows, 1), lambda b, g, i, m: (b, i, 0))
+    head = pl.BlockSpec((None, rows, 1), lambda b, g, i, m: (g, i, 0))
+    sink = pl.BlockSpec((None, None, S, K), lambda b, g, i, m: (b, g, 0, 0))
+    sink_j = pl.BlockSpec((None, 1, S), lambda b, g, i, m: (b, 0, 0))
+    key = pl.BlockSpec((None, None, keys, K), lambda b, g, i, m: (b, g, m, 0))
+    key_j = pl.BlockSpec((None, 1, keys), lambda b, g, i, m: (b, 0, m))
+    scale = pl.BlockSpec((None, None, 1, keys), lambda b, g, i, m: (b, g, 0, m))
+    specs = [row, row, time, time, head, head, sink, sink, sink_j, key, key, key_j]
+    return [*specs, *[scale] * scales], row
 
 
 def _kernel(

@@ -60,19 +60,19 @@ def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules = RULES) -> Pa
 
 
 def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh parameters by GPT-NeoX's recipe (spec 1.8): small_init N(0, 2 / 5D), and wang_init 2 / (L sqrt(D)) for the
-    products into the residual stream."""
+    """Fresh parameters by GPT-NeoX's recipe (docs/papers/streamingllm.md 1.8): small_init N(0, 2 / 5D), and wang_init
+    2 / (L sqrt(D)) for the products into the residual stream."""
     small = (2 / (5 * config.width)) ** 0.5
     wang = 2 / config.depth / config.width**0.5
     leaves, treedef = jax.tree.flatten(layout(config), is_leaf=lambda x: isinstance(x, Leaf))
 
-    def draw(leaf: Leaf, key: jax.Array) -> jax.Array:
+    def sample(leaf: Leaf, key: jax.Array) -> jax.Array:
         if leaf.init in ("ones", "zeros"):
             return jnp.full(leaf.shape, float(leaf.init == "ones"), dtype)
         return (wang if leaf.init == "out" else small) * jax.random.normal(key, leaf.shape, dtype)
 
     keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(treedef, [draw(leaf, k) for leaf, k in zip(leaves, keys)])
+    return jax.tree.unflatten(treedef, [sample(leaf, k) for leaf, k in zip(leaves, keys)])
 
 
 def fingerprint(params: Params) -> int:
@@ -80,7 +80,11 @@ def fingerprint(params: Params) -> int:
 
     Of parameters as they were loaded, before `stream.prepare`. Taken in bfloat16, so that it is the same for both dtypes.
     """
-    sample = lambda p: p[tuple(slice(None, None, max(1, n // 8)) for n in p.shape)]  # noqa: E731
-    picked = jax.jit(lambda tree: jax.tree.map(lambda p: sample(p).astype(jnp.bfloat16), tree))
-    leaves = jax.tree.leaves(jax.device_get(picked(params)))
+
+    def sample(p):
+        return p[tuple(slice(None, None, max(1, n // 8)) for n in p.shape)].astype(jnp.bfloat16)
+
+    leaves = jax.tree.leaves(
+        jax.device_get(jax.jit(lambda tree: jax.tree.map(sample, tree))(params))
+    )
     return zlib.crc32(b"".join(leaf.tobytes() for leaf in leaves))

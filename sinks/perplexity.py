@@ -13,7 +13,7 @@ import numpy as np
 
 from sinks.cache import Cache, check_cache
 from sinks.config import ModelConfig
-from sinks.policies import Policy, score_chunk
+from sinks.policies import CachePolicy, score_chunk
 from sinks.stream import Tokens, check_tokens
 
 
@@ -74,7 +74,7 @@ class Piece(NamedTuple):
 def score(
     config: ModelConfig,
     params: dict[str, Any],
-    policy: Policy,
+    policy: CachePolicy,
     tokens: Tokens,
     *,
     chunk: int = 1024,

@@ -1,4 +1,6 @@
-"""What is remembered of a long text: the paper's four ways and the official chat's, behind one interface (spec 1.7).
+"""What is remembered of a long text: the paper's four ways and the official chat's, behind one interface.
+
+Defined in docs/papers/streamingllm.md 1.7:
 
   dense              every past token, at its true distance. Memory grows, and quality ends with the trained length.
   window             keys and values of the last R tokens. Breaks when token 0 leaves.
@@ -27,7 +29,7 @@ BLOCK = 256  # tokens of a turn, where a text has none
 UNEMBED_ROWS = 128  # tokens whose logits exist at a time
 
 
-class Policy(Protocol):
+class CachePolicy(Protocol):
     """Scores a stream chunk by chunk. Implementations are frozen and hashable: static arguments of one jitted step.
 
     Attributes:
@@ -93,12 +95,12 @@ class Recompute:
     """Every prediction from a fresh pass over the last `length` tokens, which starts at position 0.
 
     Attributes:
-      sample: predictions per chunk, at random places; 0: all of them (`length` times the work of a normal pass).
+      sample: predictions per chunk, at random places; None takes all of them (`length` times the work of a normal pass).
       batch: windows computed together.
     """
 
     length: int
-    sample: int = 0
+    sample: int | None = None
     batch: int = 8
 
     @property
@@ -140,10 +142,10 @@ def make_policy(
     *,
     cache_size: int = 1024,
     sinks: int = 4,
-    sample: int = 0,
+    sample: int | None = None,
     block: int = BLOCK,
     **spec: Any,
-) -> Policy:
+) -> CachePolicy:
     """A policy by name, with a cache of `cache_size` tokens in all (S + R), as the paper writes "4+1020".
 
     Args:
@@ -202,7 +204,7 @@ def token_nll(
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def score_chunk(
     config: ModelConfig,
-    policy: Policy,
+    policy: CachePolicy,
     params: Params,
     state: Any,
     tokens_T: jax.Array,

@@ -1,4 +1,4 @@
-"""Who sees whom, at what distance, and the rotations that say so (spec 1.2, 1.10, 2).
+"""Who sees whom, at what distance, and the rotations that say so (docs/papers/streamingllm.md 1.2, 1.10, 2).
 
 The stream is tokens 0, 1, 2, ...; the first S are the sinks. When token t is the query, `evicted` tokens after the sinks
 have been forgotten, and the cache holds the sinks and everything after the gap:

@@ -1,4 +1,4 @@
-"""Pretraining with and without a place for attention to go (paper 3.3, Table 3; spec 1.8).
+"""Pretraining with and without a place for attention to go (paper 3.3, Table 3; docs/papers/streamingllm.md 1.8).
 
   vanilla   the first tokens of a text become the sink by themselves
   zero      SoftMax1: a logit of 0 that belongs to no key

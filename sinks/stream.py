@@ -234,12 +234,12 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
     """Feeds one token per row and draws the next, int32 [B]. The cache is donated."""
     check_unused(cache)
-    next_B, kept = _draw(config, params, cache, token_B, key, sampling)
+    next_B, kept = _sample_next(config, params, cache, token_B, key, sampling)
     return next_B, _write(cache, kept)
 
 
 @partial(jax.jit, static_argnums=(0, 5))
-def _draw(config, params, cache, token_B, key, sampling):
+def _sample_next(config, params, cache, token_B, key, sampling):
     x_BTD, kept = read(config, params, cache, token_B[:, None], jnp.ones_like(token_B))
     return sample(unembed(config, params, x_BTD)[:, 0], sampling, key), kept
 

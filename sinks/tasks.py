@@ -1,4 +1,4 @@
-"""Questions in a stream: StreamEval's registers (paper 4.4, Table 7) and multiple choice, one after the other (Table 5).
+"""Questions in a stream: StreamEval's registers (paper 4.3, Table 7) and multiple choice, one after the other (Table 5).
 
 A task is a text in which some stretches are answers. The right answers are part of the stream, so one pass in chunks
 tells for every answer whether greedy decoding would have given it: each of its tokens must be the likeliest after those
@@ -77,7 +77,7 @@ class _Writer:
 class StreamEval:
     """Lines that each give a register a random value, and now and then a question about a line some way back.
 
-    The authors never released their set; this is its description (spec 1.9).
+    The authors never released their set; this is its description (docs/papers/streamingllm.md 1.9).
 
     Attributes:
       queries: questions in a text.

@@ -48,7 +48,7 @@ class Turn(NamedTuple):
 
 @dataclass
 class Dialog:
-    """A conversation as its template sees it. Made by `begin`, which refuses templates that do not fit a stream.
+    """A conversation as its template sees it. Made by `new_dialog`, which refuses templates that do not fit a stream.
 
     Its text grows with the conversation, by a few bytes a token, since a template may look at all of it.
 
@@ -229,7 +229,7 @@ def _mark(messages: Sequence[Message]) -> str:
     return f"Answer{number}Q"
 
 
-def begin(tokenizer: Tokenizer, system: str = "", now: datetime | None = None) -> Dialog:
+def new_dialog(tokenizer: Tokenizer, system: str = "", now: datetime | None = None) -> Dialog:
     """An empty conversation, with the system message where there is one.
 
     Raises:

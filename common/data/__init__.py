@@ -19,6 +19,7 @@ from common.data.loader import (
     fingerprint,
     train_batches,
 )
+from common.data.on_device import drawn_records, images_on_device
 from common.data.sources import Source, array_source, open_source, overlapping
 from common.data.views import read, skipped, subset
 from common.images import ImageError
@@ -30,8 +31,10 @@ __all__ = [
     "Transform",
     "array_source",
     "check_fingerprint",
+    "drawn_records",
     "eval_batches",
     "fingerprint",
+    "images_on_device",
     "open_source",
     "overlapping",
     "prefetch_to_device",

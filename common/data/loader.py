@@ -1,4 +1,4 @@
-"""Batches as a pure function of (source, seed, step), by grain (`specs/style.md` 3.7).
+"""Batches as a pure function of (source, seed, step), by grain.
 
 Row g of the endless stream holds record `shuffled(g)`, a new permutation for every epoch. Step t of
 a run with global batch B is rows t*B .. (t+1)*B - 1, of which a process reads those that its devices
@@ -57,7 +57,7 @@ class LoaderSpec:
     prefetch: int = 2
 
     def __post_init__(self):
-        _rows(self.batch, self.held)
+        rows_of(self.batch, self.held)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}")
         if self.workers < 0 or self.prefetch < 0:
@@ -113,7 +113,7 @@ def eval_batches(
     all. Weights of the global batches sum to N, so that weighted sums are exact. Padding repeats the
     last record. A record that cannot be read, and that the source skips, has weight 0 as well.
     """
-    load = _EvalStep(source, batch, _rows(batch, held), transform)
+    load = _EvalStep(source, batch, rows_of(batch, held), transform)
     steps = grain.MapDataset.range(-(-len(source) // batch)).map(load)
     return iter(steps.to_iter_dataset(_in_thread(2)))
 
@@ -180,8 +180,8 @@ class _TrainStep:
     batch_transform: BatchTransform | None
 
     def __call__(self, step: int) -> tuple[Batch, tuple[tuple[int, str], ...], str]:
-        rows = step * self.spec.batch + _rows(self.spec.batch, self.spec.held)
-        indices = _shuffled(rows, len(self.source), self.spec.seed)
+        rows = step * self.spec.batch + rows_of(self.spec.batch, self.spec.held)
+        indices = shuffled(rows, len(self.source), self.spec.seed)
         try:
             batch = _stack(_read(self.source, indices, rows, self.spec.seed, self.transform))
         except ImageError as error:
@@ -209,7 +209,7 @@ class _EvalStep:
         return {**_stack(records), "weight": real.astype(np.float32)}
 
 
-def _shuffled(rows: np.ndarray, length: int, seed: int) -> list[int]:
+def shuffled(rows: np.ndarray, length: int, seed: int) -> list[int]:
     """The records at `rows`: each epoch of `length` rows is a keyed permutation, at O(1) a row."""
     indices, seeds = [], {}
     for row in rows.tolist():
@@ -269,7 +269,7 @@ def _in_thread(buffer: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=min(1, buffer), prefetch_buffer_size=buffer)
 
 
-def _rows(batch: int, held: Rows | None) -> np.ndarray:
+def rows_of(batch: int, held: Rows | None) -> np.ndarray:
     """The rows of a global batch that lie in the parts `held`, int64 [b]; all of them for None."""
     if batch < 1:
         raise ValueError(f"the global batch must be positive, got {batch}")

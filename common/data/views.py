@@ -16,16 +16,16 @@ _STAND_IN_TRIES = 64  # where half of all images are bad, all of them fail once 
 log = logging.getLogger("triptych")
 
 
-def subset(source: Any, n: int, seed: int = SUBSET_SEED) -> Any:
+def subset(source: Any, n: int | None, seed: int = SUBSET_SEED) -> Any:
     """A random part of a source: `n` of its records, the first n of a permutation that `seed` keys.
 
     Sources may be sorted, a folder by class for one, so their own first n are no sample. A smaller part
-    lies in every larger one. 0, and whatever reaches the source's length, is the source itself.
+    lies in every larger one. None, and whatever reaches the source's length, is the source itself.
     """
-    if n < 0:
-        raise ValueError(f"n={n}: a part has at least 1 record, and 0 means all")
+    if n is not None and n < 1:
+        raise ValueError(f"n={n}: a part has at least 1 record, and None means all")
     total = len(source)
-    if not n or n >= total:
+    if n is None or n >= total:
         return source
     chosen = [index_shuffle(i, max_index=total - 1, seed=seed, rounds=4) for i in range(n)]
     return Subset(source, tuple(chosen))

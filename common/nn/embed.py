@@ -34,7 +34,7 @@ def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
 
 
 def sincos_2d(rows: int, cols: int, width: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions, float32 [rows * cols, width] (ijepa spec 1.3).
+    """Fixed 2-D sine-cosine positions, float32 [rows * cols, width] (docs/papers/ijepa.md 1.3).
 
     The first half of the features encodes the column, the second the row; each half is all sines, then all cosines, at
     frequencies 10000^(-k / (width / 4)). Built in float64.

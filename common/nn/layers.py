@@ -129,7 +129,7 @@ def take_tokens(x: jax.Array, wanted: Wanted) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biased projections (ijepa spec 1.3), scores and softmax in float32.
+    """Multi-head self-attention with biased projections (docs/papers/ijepa.md 1.3), scores and softmax in float32.
 
     `valid`: see `common.nn.attention.attention`. `wanted`: see `Block`.
     """

@@ -21,22 +21,22 @@ class Policy:
 
     Attributes:
       compute: operand type of contractions, "bfloat16" or "float32". Accumulation is float32.
-      remat: recompute each block's activations in the backward pass (large models).
-      unroll: blocks per turn of the depth loop; 0 takes the whole depth on CPU, where slicing parameters out of
+      remat: whether each block's activations are computed again in the backward pass (large models).
+      unroll: blocks per turn of the depth loop; None takes the whole depth on CPU, where slicing parameters out of
         the stack costs a copy, and 1 on accelerators, where program size matters more.
       batch_axes: mesh axes over which activations' leading axis is split; () leaves sharding to the compiler.
     """
 
     compute: str = "bfloat16"
     remat: bool = False
-    unroll: int = 0
+    unroll: int | None = None
     batch_axes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.compute not in ("bfloat16", "float32"):
             raise ValueError(f"policy.compute={self.compute!r}: must be 'bfloat16' or 'float32'")
-        if self.unroll < 0:
-            raise ValueError(f"policy.unroll={self.unroll}: 0 (automatic) or a positive count")
+        if self.unroll is not None and self.unroll < 1:
+            raise ValueError(f"policy.unroll={self.unroll}: None (automatic) or a positive count")
 
     def blocks_per_turn(self, depth: int) -> int:
         """Blocks laid out per loop turn for a stack of `depth` blocks."""

@@ -13,7 +13,7 @@ import jax
 
 from common.mesh import auto_mesh
 from common.results import append_row, read_rows
-from experiments.jepa.pretrain import begin
+from experiments.jepa.pretrain import open_run
 from experiments.jepa.probes import encode_fn, linear_probes, pixels
 from experiments.shared.run import Run, job
 
@@ -31,7 +31,7 @@ def run(run: Run) -> int:
     if done.issuperset(jobs):
         log.info("done before: the baselines' rows lie in %s", rows)
         return 0
-    settings, sets, mesh = begin(run.values)
+    settings, sets, mesh = open_run(run.values)
     mesh = auto_mesh(mesh)
     run.begin(0)
     seed = settings.train.seed

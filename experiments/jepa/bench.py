@@ -28,7 +28,7 @@ MODES = ("ours", "ours_scan", "torch_float32", "torch_bf16", "torch_bf16_compile
 RESULTS = Path(__file__).parents[1] / "results" / "jepa" / "bench_step.jsonl"
 
 
-def ours(steps: int, unroll: int) -> dict[str, Any]:
+def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     """Times the real train step (common/train_step.py) of the real recipe."""
     from common.host import keep_freed_memory, set_fragments_aside
 
@@ -119,7 +119,7 @@ def _time(run, steps: int, warm: int = 15) -> list[float]:
 
 def _worker(mode: str, steps: int, official: str) -> None:
     if mode.startswith("ours"):
-        result = ours(steps, unroll=1 if mode == "ours_scan" else 0)
+        result = ours(steps, unroll=1 if mode == "ours_scan" else None)
     else:
         result = torch_peer(steps, mode, official)
     print("RESULT " + json.dumps(result))

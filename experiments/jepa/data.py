@@ -24,11 +24,11 @@ def open_sets(data: DataSettings) -> Sets:
 
     def opened(split: str) -> Source:
         options = {"skip_bad": data.skip_bad, "held_out": data.held_out}
-        return open_source(data.name, split, data.data_dir or None, **options)
+        return open_source(data.name, split, data.data_dir, **options)
 
     train, test = opened(data.split), opened(data.test_split)
-    apart = data.probe_split not in ("", data.split)
-    return Sets(train, opened(data.probe_split) if apart else train, test)
+    bank = data.probe_split or data.split
+    return Sets(train, train if bank == data.split else opened(bank), test)
 
 
 def check_sets(settings: Settings, sets: Sets) -> None:
@@ -39,8 +39,8 @@ def check_sets(settings: Settings, sets: Sets) -> None:
         memory of this machine does not hold.
     """
     data, probe = settings.data, settings.probe
-    split = "probe_split" if data.probe_split else "split"
-    bank = f"config.data.{split}={data.probe_split or data.split!r}"
+    split = "split" if data.probe_split is None else "probe_split"
+    bank = f"config.data.{split}={getattr(data, split)!r}"
     test = f"config.data.test_split={data.test_split!r}"
     if not probe.test_on_train and overlapping(sets.bank, sets.test):
         raise ConfigError(
@@ -84,7 +84,7 @@ def feature_rows(settings: Settings, sets: Sets) -> tuple[tuple[int, int], int]:
     """((training, test) images of the linear probe, bytes of the features of each, on every host)."""
     model, probe = settings.recipe.model, settings.probe
     wanted = (probe.train_examples, sets.bank), (probe.test_examples, sets.test)
-    train, test = (min(n, len(source)) if n else len(source) for n, source in wanted)
+    train, test = (min(n or len(source), len(source)) for n, source in wanted)
     return (train, test), 4 * model.width * (1 + min(4, model.depth))  # last layer, and last four
 
 

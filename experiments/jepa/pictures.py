@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 from common.data import Source, subset
-from common.writers import read_rows
+from common.writers import read_metrics
 from experiments.jepa.settings import Settings
 from jepa.masks import Masks, sample
 
@@ -123,7 +123,7 @@ def _bars(ax: Axes, accuracy: Accuracy, majority: Mapping[str, float]) -> None:
 def _knn_curves(ax: Axes, workdir: Path) -> None:
     labels: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for path in sorted(workdir.glob("seed*/metrics.jsonl")):
-        rows = read_rows(path)
+        rows = read_metrics(path)
         for key in {k for row in rows for k in row if k.startswith("eval/knn_")}:
             found = [(row["step"], row[key]) for row in rows if key in row]
             steps, values = np.array(found).T

@@ -15,26 +15,30 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
-from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
+from common.checkpoint import Checkpointer, read_meta
 from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
+    drawn_records,
     fingerprint,
+    images_on_device,
     prefetch_to_device,
     train_batches,
 )
-from common.distributed import EXIT_PREEMPTED, Signalled, require_same, stopped_by_signals
+from common.distributed import Signalled, require_same, stopped_by_signals
 from common.evaluation import EvaluationFailed, describe
 from common.mesh import auto_mesh, make_mesh
 from common.plots import draw_curves
 from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
-from common.train_loop import NonFiniteLoss, Preempted, train
-from common.writers import make_writer, read_rows
+from common.train_loop import Preempted, train
+from common.train_step import AS_IT_IS, Prepare
+from common.writers import make_writer, read_metrics
 from experiments.jepa.data import Sets, check_sets, open_sets
 from experiments.jepa.probes import encode_fn, linear_probes, online_monitor
-from experiments.jepa.settings import DataSettings, Settings, resolve
+from experiments.jepa.settings import DataSettings, Settings, WriterSettings, resolve
 from experiments.shared.facts import data_facts
 from experiments.shared.run import Run, job, within
 from jepa.recipe import AddMasks
@@ -49,24 +53,17 @@ EVALUATIONS = ("probe", "data.test_split", "data.probe_split", "data.eval_resize
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     workdir = run.workdir
-    settings, sets, mesh = begin(run.values)
+    settings, sets, mesh = open_run(run.values)
     recipe, spec = settings.recipe, settings.train
     try:
         loader, add_masks, data_print = _stream(settings, sets, mesh)
-        keep = CheckpointSpec(settings.checkpoint.keep)
+        prepare = _prepare(settings, sets, mesh)
         _describe(run, settings, len(sets.train), mesh)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
     def batches(start: int) -> Iterator[dict]:
-        host = train_batches(
-            sets.train,
-            loader,
-            transform=settings.augmentation,
-            batch_transform=add_masks,
-            start_step=start,
-        )
-        return prefetch_to_device(host, batch_sharding(mesh), batch=spec.batch)
+        return _batches(settings, sets, loader, add_masks, mesh, start)
 
     def open_writer(restored_step: int):
         _check_resumed(run, restored_step, spec.steps, meta)
@@ -78,12 +75,12 @@ def run(run: Run) -> int:
             items_per_step=spec.batch,
             unit="images",
             tensorboard=settings.writers.tensorboard,
-            wandb=_wandb(settings),
+            wandb=_wandb(settings.writers, run.values),
         )
 
-    meta = {"config": settings.values, "data": data_print, "sets": _measured_on(sets)}
+    meta = {"config": run.values, "data": data_print, "sets": _measured_on(sets)}
     try:
-        with Checkpointer(workdir / "checkpoints", keep) as saver:
+        with Checkpointer(workdir / "checkpoints", settings.checkpoint) as saver:
             state, seconds = train(
                 recipe,
                 spec,
@@ -95,17 +92,31 @@ def run(run: Run) -> int:
                 meta=meta,
                 evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
                 evaluate_again=run.resume == "changed",
+                prepare=prepare,
             )
-    except Preempted as stop:
-        log.warning("%s; start the same command again to continue", stop)
-        return EXIT_PREEMPTED
-    except (NonFiniteLoss, EvaluationFailed) as error:
-        log.error("error: %s", error)
-        return 1
     finally:
         draw_curves(workdir)
 
     return _finish(run, settings, sets, mesh, state, seconds)
+
+
+def _batches(
+    settings: Settings, sets: Sets, loader: LoaderSpec, add_masks: AddMasks, mesh: Mesh, start: int
+) -> Iterator[dict]:
+    """Batches on the devices from step `start`; with data.on_device, the numbers of their records alone."""
+    if settings.data.on_device:
+        host = drawn_records(sets.train, loader, start)
+    else:
+        host = train_batches(
+            sets.train,
+            loader,
+            transform=settings.augmentation,
+            batch_transform=add_masks,
+            start_step=start,
+        )
+    spec = settings.train
+    depth = max(2, spec.steps_per_dispatch)
+    return prefetch_to_device(host, batch_sharding(mesh), depth, batch=spec.batch)
 
 
 def _stream(
@@ -120,9 +131,20 @@ def _stream(
         held=rows_held(batch_sharding(mesh), spec.batch),
     )
     add_masks = AddMasks(settings.recipe.masks, spec.seed)
-    data_print = fingerprint(sets.train, loader, settings.augmentation, add_masks)
+    transforms = (
+        [device] if (device := settings.device_batch) else [settings.augmentation, add_masks]
+    )
+    data_print = fingerprint(sets.train, loader, *transforms)
     require_same(data_facts(training=data_print, test=fingerprint(sets.test, loader)))
     return loader, add_masks, data_print
+
+
+def _prepare(settings: Settings, sets: Sets, mesh: Mesh) -> Prepare:
+    """What the step does with what the input pipeline gives: nothing, or with data on the device all of it."""
+    if not (device := settings.device_batch):
+        return AS_IT_IS
+    log.info("moving %d images to the device ...", len(sets.train))
+    return Partial(device, images_on_device(sets.train, mesh))
 
 
 def _measured_on(sets: Sets) -> dict[str, Any]:
@@ -167,18 +189,16 @@ def _finish(
         try:
             with stopped_by_signals():
                 metrics |= linear_probes(settings, auto_mesh(mesh), encode, sets.bank, sets.test)
-        except Signalled:
-            log.warning(
-                "stopped by a signal; the trained state is saved; start the same command again to probe it"
-            )
-            return EXIT_PREEMPTED
+        except Signalled as stop:
+            raise Preempted(
+                "stopped by a signal in the probes; the trained state is saved"
+            ) from stop
         except Exception as error:  # any: the training before it must not look lost
             why = describe(error, "linear probes", run.workdir)
-            log.error(
-                "error: the linear probes failed: %s; the trained state is saved: mend that and start the same command "
-                "again, which repeats only this", why,
-            )  # fmt: skip
-            return 1
+            raise EvaluationFailed(
+                f"the linear probes failed: {why}; the trained state is saved: mend that and start the same command again, "
+                "which repeats only this"
+            ) from error
         seconds = {**seconds, "probe": time.perf_counter() - probing}
     row = run.row(
         metrics, seeds=[settings.train.seed], steps=settings.train.steps,
@@ -191,7 +211,7 @@ def _finish(
     return 0
 
 
-def begin(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
+def open_run(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
     """A config's settings, its sets of images, and its mesh, checked against each other.
 
     Raises:
@@ -214,12 +234,12 @@ def _check_writers(settings: Settings) -> None:
             raise ConfigError(f"config.writers.{name}=True needs {module}: pip install '.[{name}]'")
 
 
-def _wandb(settings: Settings) -> dict[str, Any] | None:
+def _wandb(writers: WriterSettings, values: dict[str, Any]) -> dict[str, Any] | None:
     """What W&B is told of the run; None where it is off."""
-    if not settings.writers.wandb:
+    if not writers.wandb:
         return None
-    project = settings.writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
-    return {"project": project, "config": settings.values}
+    project = writers.wandb_project or os.environ.get("WANDB_PROJECT") or "triptych"
+    return {"project": project, "config": values}
 
 
 def _describe(run: Run, settings: Settings, examples: int, mesh: Mesh) -> None:
@@ -242,7 +262,7 @@ def _describe(run: Run, settings: Settings, examples: int, mesh: Mesh) -> None:
 def _last_eval(workdir: Path) -> dict[str, float]:
     """The last row of online evaluation, without its prefix."""
     rows = [
-        r for r in read_rows(workdir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)
+        r for r in read_metrics(workdir / "metrics.jsonl") if any(k.startswith("eval/") for k in r)
     ]
     return (
         {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}

@@ -58,9 +58,14 @@ def pixels(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features(
-    settings: Settings, mesh: Mesh, encode: Callable, source: Source, n: int = 0, what: str = ""
+    settings: Settings,
+    mesh: Mesh,
+    encode: Callable,
+    source: Source,
+    n: int | None = None,
+    what: str = "",
 ) -> Features:
-    """Pooled features of `n` random images (0: all), centre-cropped and not augmented.
+    """Pooled features of `n` random images (None: all), centre-cropped and not augmented.
 
     Always of the same ones: they depend on the source and on n alone. Batches are spread over the mesh, and each process
     reads the rows that its devices hold. `what` names the progress bar; without it there is none.
@@ -130,8 +135,8 @@ def linear_probes(
     """Linear probe test accuracies on frozen features.
 
     Returns {"linear_<label>/last", "linear_<label>/last4", "linear_<label>"}; the last is the better of the two by
-    held-out accuracy (spec 2). Where images were skipped or set aside for the test, also "skipped_images" (how many) and
-    "held_out" (the share).
+    held-out accuracy (docs/papers/ijepa.md 2). Where images were skipped or set aside for the test, also
+    "skipped_images" (how many) and "held_out" (the share).
     """
     probe, spec = settings.probe, settings.probe.spec(settings.train.seed)
     if not label_names(source):

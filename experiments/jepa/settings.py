@@ -1,12 +1,14 @@
-"""The settings of job "jepa_pretrain", from a config's dict to the library's dataclasses."""
+"""The settings of jobs "jepa_pretrain" and "jepa_baselines": dataclasses, of which configs are made."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from common.augment import CenterCrop, RandomResizedCrop
+from common.checkpoint import CheckpointSpec
 from common.config import ConfigError, build
 from common.mesh import MeshSpec
 from common.nn.policy import Policy
@@ -14,7 +16,9 @@ from common.optim import OptimSpec
 from common.sharding import BATCH_AXES
 from common.train_loop import TrainSpec
 from experiments.shared.learned_optim import optimizer_of
+from experiments.shared.settings import without
 from jepa.config import ViTConfig, vit
+from jepa.device_batch import DeviceBatch
 from jepa.masks import MaskSpec
 from jepa.objective import ObjectiveSpec
 from jepa.probe import ProbeSpec
@@ -23,19 +27,38 @@ from jepa.recipe import EmaSpec, IJepa
 
 @dataclass(frozen=True)
 class DataSettings:
-    name: str
-    split: str
-    test_split: str
-    probe_split: str
-    held_out: float
-    data_dir: str
-    examples: int
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip: bool
-    eval_resize: int
-    workers: int
-    skip_bad: bool
+    """The images.
+
+    Attributes:
+      name: "scenes", "digits", a data set of TFDS, or folder:PATH.
+      split: images that are trained on.  test_split: images that probes are tested on.
+      probe_split: images that probes and kNN learn from; None takes `split`.
+      held_out: share set aside as the test set, of a folder that has none.
+      data_dir: folder of TFDS data sets; None takes TFDS_DATA_DIR.
+      examples: training images, where the set is not at hand (preflight).
+      crop_scale: range of a training crop's share of the image's area.
+      crop_ratio: range of a training crop's width / height.
+      flip: whether half of the training images are mirrored.
+      eval_resize: short side before the centre crop of evaluations, in pixels; None takes the model's image size.
+      workers: processes that prepare batches; 0 is a thread of the main one.
+      on_device: whether all images lie on the device, where crops and masks are made inside the step.
+      skip_bad: whether to go on without images that cannot be read; they are counted.
+    """
+
+    name: str = "scenes"
+    split: str = "train"
+    test_split: str = "test"
+    probe_split: str | None = None
+    held_out: float = 0.1
+    data_dir: str | None = None
+    examples: int | None = None
+    crop_scale: tuple[float, float] = RandomResizedCrop.scale
+    crop_ratio: tuple[float, float] = RandomResizedCrop.ratio
+    flip: bool = RandomResizedCrop.flip
+    eval_resize: int | None = None
+    workers: int = 0
+    on_device: bool = False
+    skip_bad: bool = False
 
     def __post_init__(self):
         if not 0 <= self.held_out < 1:
@@ -55,51 +78,99 @@ class DataSettings:
 
     def check_resize(self, image: int) -> None:
         """Raises ConfigError unless the resized image holds the centre crop of `image` pixels."""
-        if self.eval_resize and self.eval_resize < image:
+        if self.eval_resize is not None and self.eval_resize < image:
             raise ConfigError(
-                f"config.data.eval_resize={self.eval_resize}: give config.model.image={image} pixels or more, or 0 "
+                f"config.data.eval_resize={self.eval_resize}: give config.model.image={image} pixels or more, or None "
                 "for just that"
             )
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    size: str
-    image: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    hidden: int
-    predictor_width: int
-    predictor_depth: int
-    predictor_heads: int
-    depth_rescale: bool
-    position_scale: float
+    """A model of a named size, of which single fields may differ.
 
+    Attributes:
+      size: a name in jepa.config.SIZES.
+      image: height and width of the images, in pixels.  patch: height and width of a patch, in pixels.
+      width, depth, heads: the encoder's; None takes what the size says.
+      hidden: inner width of the encoder's MLP; None takes what the size says.
+      predictor_width, predictor_depth: the predictor's; None takes what the size says.
+      predictor_heads: the predictor's; None takes the encoder's.
+      depth_rescale: whether output projections of block l are divided by sqrt(2 l) at init.
+      position_scale: factor on the encoder's position table.
+    """
+
+    size: str = "tiny"
+    image: int = 64
+    patch: int = 8
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    hidden: int | None = None
+    predictor_width: int | None = None
+    predictor_depth: int | None = None
+    predictor_heads: int | None = None
+    depth_rescale: bool = ViTConfig.depth_rescale
+    position_scale: float = ViTConfig.position_scale
+
+    @cached_property
     def config(self) -> ViTConfig:
-        """The named size with every non-zero field replaced."""
-        values = dataclasses.asdict(self)
-        fixed = {k: values.pop(k) for k in ("size", "image", "patch")}
-        return vit(**fixed, **{k: v for k, v in values.items() if v})
+        """The named size with every field replaced that is set."""
+        return vit(**{k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+
+
+@dataclass(frozen=True)
+class OptimSettings(OptimSpec):
+    """AdamW, with its warm-up also in epochs.
+
+    Attributes:
+      warmup_epochs: epochs of linear warm-up, where `warmup` is 0.
+    """
+
+    warmup_epochs: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainSettings(TrainSpec):
+    """Training, with its length also in epochs.
+
+    Attributes:
+      epochs: passes over the training images; give either these or `steps`.
+    """
+
+    batch: int = 128
+    epochs: float | None = None
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    knn_train: int
-    knn_test: int
-    neighbors: int
-    linear: bool
-    train_examples: int
-    test_examples: int
-    test_on_train: bool
-    epochs: int
-    batch: int
+    """The evaluations.
+
+    Attributes:
+      knn_train: images in the bank of the kNN monitor, a random part; None takes all.
+      knn_test: images that the monitors look at, a random part; None takes all.
+      neighbors: images of the bank that vote.
+      linear: whether linear probes follow the training.
+      train_examples: images that the linear probes learn from, a random part; None takes all.
+      test_examples: images that the linear probes are tested on, a random part; None takes all.
+      test_on_train: whether the test set may share images with what probes learn from.
+      epochs: passes of the linear probes over their images.  batch: images in one of their updates.
+    """
+
+    knn_train: int | None = 5000
+    knn_test: int | None = 1000
+    neighbors: int = 20
+    linear: bool = True
+    train_examples: int | None = None
+    test_examples: int | None = None
+    test_on_train: bool = False
+    epochs: int = ProbeSpec.epochs
+    batch: int = ProbeSpec.batch
 
     def __post_init__(self):
         if self.neighbors < 1:
             raise ValueError(f"neighbors={self.neighbors}: at least 1 image votes")
-        # of rows that a probe learns from or is tested on; the collapse monitors compare two images
+        # What a probe learns from or is tested on; the collapse monitors compare two images.
         least = {
             "knn_train": self.neighbors,
             "knn_test": 2,
@@ -108,10 +179,10 @@ class ProbeSettings:
         }
         for name, low in least.items():
             value = getattr(self, name)
-            if value and value < low:
+            if value is not None and value < low:
                 reason = f", as neighbors={low} vote" if name == "knn_train" else ""
                 raise ValueError(
-                    f"{name}={value}: give at least {low}{reason}, or 0 for all images"
+                    f"{name}={value}: give at least {low}{reason}, or None for all images"
                 )
         self.spec(seed=0)
 
@@ -121,122 +192,132 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
-class CheckpointSettings:
-    keep: int
-
-
-@dataclass(frozen=True)
 class WriterSettings:
-    tensorboard: bool
-    wandb: bool
-    wandb_project: str = ""
+    """Where the rows of metrics go beside metrics.jsonl.
+
+    Attributes:
+      tensorboard: whether to write for TensorBoard.  wandb: whether to write to Weights & Biases.
+      wandb_project: the project in Weights & Biases; None takes WANDB_PROJECT, else "triptych".
+    """
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A whole pretraining job, resolved. `values` is the config it came from."""
+    """Every setting of the jobs, resolved: what follows from others is filled in.
 
-    name: str
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+    """
+
+    job: str = "jepa_pretrain"
+    name: str = ""
     data: DataSettings
-    recipe: IJepa
-    train: TrainSpec
+    model: ModelSettings
+    masks: MaskSpec = without("grid")
+    objective: ObjectiveSpec
+    optim: OptimSettings
+    ema: EmaSpec
+    train: TrainSettings
     mesh: MeshSpec
+    policy: Policy = without("batch_axes")
+    checkpoint: CheckpointSpec = without("every_steps")
     probe: ProbeSettings
-    checkpoint: CheckpointSettings
     writers: WriterSettings
-    values: dict[str, Any]
+
+    @cached_property
+    def recipe(self) -> IJepa:
+        """The method that is trained."""
+        return IJepa(
+            model=self.model.config,
+            masks=self.masks,
+            steps=self.train.steps,
+            optim=self.optim,
+            ema=self.ema,
+            optimizing=optimizer_of(self.optim),
+            objective=self.objective,
+            policy=self.policy,
+        )
 
     @property
     def augmentation(self) -> RandomResizedCrop:
         """The training transform: random resized crop, and a flip where asked for."""
         return RandomResizedCrop(
-            size=self.recipe.model.image[0],
+            size=self.model.image,
             scale=self.data.crop_scale,
             ratio=self.data.crop_ratio,
             flip=self.data.flip,
         )
 
     @property
+    def device_batch(self) -> DeviceBatch | None:
+        """What makes batches inside the train step, where the images lie on the device."""
+        if not self.data.on_device:
+            return None
+        return DeviceBatch(self.augmentation, self.recipe.masks, self.train.seed)
+
+    @property
     def evaluation_crop(self) -> CenterCrop:
         """The test transform: resize and centre crop."""
-        size = self.recipe.model.image[0]
-        return CenterCrop(size=size, resize=self.data.eval_resize or size)
+        return CenterCrop(size=self.model.image, resize=self.data.eval_resize or self.model.image)
 
 
-def resolve(values: Mapping[str, Any], examples: int = 0) -> Settings:
-    """Checks a config's dict and turns epochs into steps.
+def resolve(values: Mapping[str, Any], examples: int | None = None) -> Settings:
+    """Checks a config's dict, and fills in what follows from other settings, such as the steps of its epochs.
 
     Args:
-      examples: length of the training set; 0 takes config.data.examples.
+      examples: length of the training set; None takes config.data.examples.
 
     Raises:
       ConfigError: naming the setting, its value and the remedy.
     """
-    groups = ("job", "name", "data", "model", "masks", "objective", "optim", "ema", "train", "mesh", "policy",
-              "checkpoint", "probe", "writers")  # fmt: skip
-    missing = [g for g in groups if g not in values]
-    if missing:
-        raise ConfigError(f"config.{missing[0]} is missing")
+    for name in (f.name for f in dataclasses.fields(Settings)):
+        if name not in values:
+            raise ConfigError(f"config.{name} is missing")
     data = build(DataSettings, values["data"], "config.data.")
-    examples = examples or data.examples
-    train, per_epoch = _training(values["train"], examples)
-    optim_values = dict(values["optim"])
-    optim_values["warmup"] = int(optim_values.pop("warmup_epochs") * per_epoch)
-    optim = build(OptimSpec, optim_values, "config.optim.")
-    try:
-        model = build(ModelSettings, values["model"], "config.model.").config()
-        data.check_resize(model.image[0])
-        mask_values = {**values["masks"], "grid": model.grid}
-        masks = build(MaskSpec, mask_values, "config.masks.")
-        if masks.mode == "paper" and train.batch % masks.collate:
-            raise ConfigError(
-                f"config.masks.collate={masks.collate} does not divide config.train.batch={train.batch}"
-            )
-        optim.lr_schedule(train.steps)  # refuses a warm-up that does not fit
-        recipe = IJepa(
-            model=model,
-            masks=masks,
-            steps=train.steps,
-            optim=optim,
-            ema=build(EmaSpec, values["ema"], "config.ema."),
-            optimizing=optimizer_of(optim),
-            objective=build(ObjectiveSpec, values["objective"], "config.objective."),
-            policy=dataclasses.replace(
-                build(Policy, values["policy"], "config.policy."), batch_axes=BATCH_AXES
-            ),
+    train, optim = dict(values["train"]), dict(values["optim"])
+    train["steps"], per_epoch = _steps(train, examples or data.examples or 0)
+    if optim["warmup"] and optim["warmup_epochs"]:
+        raise ConfigError(
+            f"config.optim.warmup={optim['warmup']} and config.optim.warmup_epochs={optim['warmup_epochs']}: set one of them"
         )
+    optim["warmup"] = optim["warmup"] or int(optim["warmup_epochs"] * per_epoch)
+    try:
+        model = build(ModelSettings, values["model"], "config.model.").config
+        data.check_resize(model.image[0])
+        computed = {
+            "train": train,
+            "optim": optim,
+            "masks": {**values["masks"], "grid": model.grid},
+            "policy": {**values["policy"], "batch_axes": BATCH_AXES},
+        }
+        settings = build(Settings, {**values, **computed})
+        masks = settings.masks
+        if masks.mode == "paper" and settings.train.batch % masks.collate:
+            raise ConfigError(
+                f"config.masks.collate={masks.collate} does not divide config.train.batch={settings.train.batch}"
+            )
+        settings.optim.lr_schedule(settings.train.steps)  # refuses a warm-up that does not fit
+        return settings
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Settings(
-        name=values["name"],
-        data=data,
-        recipe=recipe,
-        train=train,
-        mesh=build(MeshSpec, values["mesh"], "config.mesh."),
-        probe=build(ProbeSettings, values["probe"], "config.probe."),
-        checkpoint=build(CheckpointSettings, values["checkpoint"], "config.checkpoint."),
-        writers=build(WriterSettings, values["writers"], "config.writers."),
-        values=dict(values),
-    )
 
 
-def _training(values: Mapping[str, Any], examples: int) -> tuple[TrainSpec, int]:
-    """(config.train with its epochs as steps, the steps of an epoch)."""
-    values, batch = dict(values), values["batch"]
-    per_epoch = examples // batch if batch > 0 else 0
-    values["steps"] = _steps(values.pop("epochs"), values["steps"], per_epoch, batch, examples)
-    return build(TrainSpec, values, "config.train."), per_epoch
-
-
-def _steps(epochs: float, steps: int, per_epoch: int, batch: int, examples: int) -> int:
-    if bool(epochs) == bool(steps):
+def _steps(train: Mapping[str, Any], examples: int) -> tuple[int, int]:
+    """(updates of the run, updates of an epoch)"""
+    epochs, steps, batch = train["epochs"], train["steps"], train["batch"]
+    if (epochs is None) == (steps is None):
         raise ConfigError(
-            f"config.train.epochs={epochs} and config.train.steps={steps}: set exactly one of them"
+            f"config.train.epochs={epochs} and config.train.steps={steps}: set exactly one of them, the other to None"
         )
+    per_epoch = examples // batch if batch > 0 else 0
     if examples and not per_epoch:
         raise ConfigError(
             f"config.train.batch={batch} is larger than the {examples} training images: lower it"
         )
-    return steps or int(epochs * per_epoch)
+    return (int(epochs * per_epoch) if steps is None else steps), per_epoch

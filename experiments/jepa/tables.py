@@ -26,15 +26,15 @@ def cifar10(results: Path) -> str:
     other = read_rows(results / "cifar10_vicreg0.01.jsonl")
     lines = _probed(rows, columns)
     lines += [(f"{what}, C-JEPA's terms at 0.01", *rest) for what, *rest in _probed(other, columns)]
-    with open(Path(__file__).with_name("published_cifar10.csv")) as file:
-        published = "; ".join(
+    with open(Path(__file__).with_name("audit_cifar10.csv")) as file:
+        published = ". ".join(
             f"{p['what']}, {p['epochs']} epochs: {p['linear']}"
             + (f" ± {p['spread']}" if p["spread"] else "")
             for p in csv.DictReader(file)
         )
     note = (
         f"ViT-T/4, {rows[0].steps} steps of 512 (60 epochs), {machine(rows[0])}; test accuracy in %, average pooled target "
-        f"encoder, images as JPEG. Published (third-party audit, linear probe): {published}."
+        f"encoder, images as JPEG. Published by a third party of unconfirmed origin, linear probe: {published}."
     )
     header = ("features", "seed", "linear, last layer", "linear, last 4", "kNN", "row")
     return section("CIFAR-10", note, header, lines)

@@ -8,12 +8,12 @@ stopped continues; a signal (common.distributed.PreemptionGuard) stops it, saved
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from common.checkpoint import Checkpointer
 from common.config import check_choices
-from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.distributed import PreemptionGuard
 from common.progress import draws_bars
 from common.results import ResultRow
 from common.train_loop import Preempted
@@ -31,7 +31,6 @@ from common.writers import JsonlWriter
 from metaopt import learned
 
 log = logging.getLogger("triptych")
-P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,13 @@ class Method:
 
 @dataclass(frozen=True)
 class GridSpec:
-    """epochs, batch: of every run.  rates: initial.  seeds: of parameters and data order.  save_every: in epochs."""
+    """Which runs there are, and how long they are.
+
+    Attributes:
+      epochs: passes of every run over the training data, at most.  batch: examples of an update.
+      rates: initial learning rates.  seeds: seeds of parameters and data order.
+      save_every: epochs between checkpoints.
+    """
 
     epochs: int
     batch: int
@@ -118,77 +123,15 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
     """Trains every (seed, rate) and returns the cells in that order; rows per epoch go to `workdir`/metrics.jsonl.
 
     Raises:
-      Preempted: after SIGTERM, at the end of the epoch; the state is saved. See `leaves_when_told`.
+      Preempted: after SIGTERM, at the end of the epoch; the state is saved.
     """
-    steps = task.steps(spec.batch)
-    train = jax.tree.map(jnp.asarray, task.train)
-    rates, keys = (
-        jnp.asarray(spec.rates, jnp.float32),
-        jnp.stack([jax.random.key(s) for s in spec.seeds]),
-    )
-    each = _side_by_side if task.side_by_side else _in_turn
-    shared = method.make(spec.rates[0]) if method.in_state else None
-
-    def transformation(rate) -> optax.GradientTransformationExtraArgs:
-        if shared is not None:
-            return optax.with_extra_args_support(shared)
-        if method.schedule is None:
-            return optax.with_extra_args_support(method.make(rate))
-        factor = method.schedule
-        return optax.with_extra_args_support(
-            method.make(lambda step: rate * factor(step / (steps * spec.epochs)))
-        )
-
-    def init_seed(key):
-        params = task.init(jax.random.fold_in(key, 0))
-        if method.in_state:
-            states = [method.make(rate).init(params) for rate in spec.rates]
-            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        else:
-            states = jax.vmap(lambda rate: transformation(rate).init(params))(rates)
-        return jax.tree.map(lambda p: jnp.stack([p] * len(rates)), params), states
-
-    def train_seed(key, params, state, losses, first, last, train):
-        """Steps first..last-1 of the epoch that `key` shuffles, for every rate."""
-        order = jax.random.permutation(jax.random.fold_in(key, 0), len(next(iter(train.values()))))
-
-        def step(i, carry):
-            rows = jax.lax.dynamic_slice_in_dim(order, i * spec.batch, spec.batch)
-            batch, now = jax.tree.map(lambda x: x[rows], train), jax.random.fold_in(key, i + 1)
-
-            def step_cell(rate, params, state, total):
-                loss, grads = jax.value_and_grad(task.loss)(params, batch, now)
-                updates, state = transformation(rate).update(grads, state, params, value=loss)
-                return optax.apply_updates(params, updates), state, total + loss / steps
-
-            return each(step_cell, rates, *carry)
-
-        return jax.lax.fori_loop(first, last, step, (params, state, losses))
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def advance(state, losses, number, first, last, train):
-        now = jax.vmap(lambda key: jax.random.fold_in(key, number + 1))(keys)
-        params, opt_state, losses = each(
-            lambda key, params, opt_state, losses: train_seed(
-                key, params, opt_state, losses, first, last, train
-            ),
-            now,
-            *state,
-            losses,
-        )
-        return (params, opt_state), losses
-
-    @jax.jit
-    def measure(state, losses):
-        test = lambda params, state: task.score(method.evaluated(state, params))  # noqa: E731
-        scores = each(lambda *cells: each(test, *cells), *state)
-        return {"scores": {"train_loss": losses, **scores}, "learned": _learned(state[1])}
-
-    abstract = jax.eval_shape(jax.vmap(init_seed), keys)
-    none = jnp.zeros((len(keys), len(rates)))  # losses of an epoch's start
+    grid = _Grid(task, method, spec)
+    measure = jax.jit(grid.measure)
+    abstract = jax.eval_shape(jax.vmap(grid.init_seed), grid.keys)
+    measured = jax.eval_shape(measure, abstract, grid.no_losses())
     log.info(
         "%s, %s: %d runs of %d epochs of %d steps; compiling ...",
-        task.name, method.name, none.size, spec.epochs, steps,
+        task.name, method.name, grid.no_losses().size, spec.epochs, grid.steps,
     )  # fmt: skip
     writer = JsonlWriter(workdir / "metrics.jsonl")
     with (
@@ -197,36 +140,108 @@ def run_grid(task: Task, method: Method, spec: GridSpec, workdir: Path) -> list[
         Progress(transient=True, disable=not draws_bars()) as bar,
         PreemptionGuard() as guard,
     ):
-        restored = saver.restore(
-            _placed({"state": abstract, "last": jax.eval_shape(measure, abstract, none)})
-        )
-        state, last, start = jax.jit(jax.vmap(init_seed))(keys), None, 0
+        restored = saver.restore(_placed({"state": abstract, "last": measured}))
+        state, last, start = jax.jit(jax.vmap(grid.init_seed))(grid.keys), None, 0
         if restored is not None:
             (state, last), start = (restored[0]["state"], restored[0]["last"]), restored[1]["epoch"]
             log.info("%s: continuing from epoch %d", method.name, start)
         writer.resume_from(start if restored else -1)
-        shown = bar.add_task(
-            f"{task.name}, {method.name}", total=spec.epochs * steps, completed=start * steps
-        )
-        count = 1  # steps between two signs of life
-        for number in range(start, spec.epochs):
-            losses, done = jnp.zeros_like(none), 0
-            while done < steps:
-                began, until = time.perf_counter(), min(done + count, steps)
-                state, losses = jax.block_until_ready(
-                    advance(state, losses, number, done, until, train)
-                )
-                done, count = until, _paced(until - done, time.perf_counter() - began)
-                bar.update(shown, completed=number * steps + done)
+        epochs = _epochs(grid, state, start, bar)
+        for number, (state, losses) in enumerate(epochs, start + 1):
             last = jax.block_until_ready(measure(state, losses))
-            writer.write(number + 1, _row(spec, last))
-            stop = guard.reached(number + 1)
-            if stop or (number + 1) % spec.save_every == 0 or number + 1 == spec.epochs:
-                _save(saver, number + 1, {"state": state, "last": last}, method.name, leave=stop)
+            writer.write(number, _row(spec, last))
+            stop = guard.reached(number)
+            if stop or number % spec.save_every == 0 or number == spec.epochs:
+                _save(saver, number, {"state": state, "last": last}, method.name, leave=stop)
                 if not bar.console.is_terminal:  # a log has no bar
-                    log.info("%s: epoch %d of %d", method.name, number + 1, spec.epochs)
+                    log.info("%s: epoch %d of %d", method.name, number, spec.epochs)
     assert last is not None
     return _cells(spec, last, state[0])
+
+
+class _Grid:
+    """The programs of a grid: each works on all cells at once, arrays of [seeds, rates, ...]."""
+
+    def __init__(self, task: Task, method: Method, spec: GridSpec):
+        self.task, self.method, self.spec, self.steps = task, method, spec, task.steps(spec.batch)
+        self.rates = jnp.asarray(spec.rates, jnp.float32)
+        self.keys = jnp.stack([jax.random.key(s) for s in spec.seeds])
+        self.each = _side_by_side if task.side_by_side else _in_turn
+        self.shared = method.make(spec.rates[0]) if method.in_state else None
+
+    def no_losses(self) -> jax.Array:
+        """The sums of losses at the start of an epoch."""
+        return jnp.zeros((len(self.keys), len(self.rates)))
+
+    def transformation(self, rate: Any) -> optax.GradientTransformationExtraArgs:
+        if self.shared is not None:
+            return optax.with_extra_args_support(self.shared)
+        if (factor := self.method.schedule) is not None:
+            steps = self.steps * self.spec.epochs
+            return optax.with_extra_args_support(
+                self.method.make(lambda step: rate * factor(step / steps))
+            )
+        return optax.with_extra_args_support(self.method.make(rate))
+
+    def init_seed(self, key: jax.Array) -> Any:
+        params = self.task.init(jax.random.fold_in(key, 0))
+        if self.method.in_state:
+            states = [self.method.make(rate).init(params) for rate in self.spec.rates]
+            states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        else:
+            states = jax.vmap(lambda rate: self.transformation(rate).init(params))(self.rates)
+        return jax.tree.map(lambda p: jnp.stack([p] * len(self.rates)), params), states
+
+    def train_seed(self, first, last, train, key, params, state, losses):
+        """Steps first..last-1 of the epoch that `key` shuffles, for every rate."""
+        order = jax.random.permutation(jax.random.fold_in(key, 0), len(next(iter(train.values()))))
+
+        def step(i, carry):
+            rows = jax.lax.dynamic_slice_in_dim(order, i * self.spec.batch, self.spec.batch)
+            batch, now = jax.tree.map(lambda x: x[rows], train), jax.random.fold_in(key, i + 1)
+
+            def step_cell(rate, params, state, loss_sum):
+                loss, grads = jax.value_and_grad(self.task.loss)(params, batch, now)
+                update = self.transformation(rate).update
+                updates, state = update(grads, state, params, value=loss)
+                return optax.apply_updates(params, updates), state, loss_sum + loss / self.steps
+
+            return self.each(step_cell, self.rates, *carry)
+
+        return jax.lax.fori_loop(first, last, step, (params, state, losses))
+
+    def advance(self, state, losses, number, first, last, train):
+        """Steps first..last-1 of epoch `number`."""
+        now = jax.vmap(lambda key: jax.random.fold_in(key, number + 1))(self.keys)
+        run = partial(self.train_seed, first, last, train)
+        params, opt_state, losses = self.each(run, now, *state, losses)
+        return (params, opt_state), losses
+
+    def measure(self, state, losses):
+        def test(params, opt_state):
+            return self.task.score(self.method.evaluated(opt_state, params))
+
+        scores = self.each(lambda *cells: self.each(test, *cells), *state)
+        return {"scores": {"train_loss": losses, **scores}, "learned": _learned(state[1])}
+
+
+def _epochs(grid: _Grid, state: Any, start: int, bar: Progress) -> Iterator[tuple[Any, jax.Array]]:
+    """Trains, and yields (state, mean losses) at the end of every epoch from `start` on. The state is donated."""
+    advance = jax.jit(grid.advance, donate_argnums=(0, 1))
+    train, steps = jax.tree.map(jnp.asarray, grid.task.train), grid.steps
+    name, total = f"{grid.task.name}, {grid.method.name}", grid.spec.epochs * steps
+    shown = bar.add_task(name, total=total, completed=start * steps)
+    count = 1  # steps between two signs of life
+    for number in range(start, grid.spec.epochs):
+        losses, done = grid.no_losses(), 0
+        while done < steps:
+            began, until = time.perf_counter(), min(done + count, steps)
+            state, losses = jax.block_until_ready(
+                advance(state, losses, number, done, until, train)
+            )
+            done, count = until, _paced(until - done, time.perf_counter() - began)
+            bar.update(shown, completed=number * steps + done)
+        yield state, losses
 
 
 def _save(saver: Checkpointer, epoch: int, tree: Any, name: str, *, leave: bool) -> None:
@@ -234,20 +249,6 @@ def _save(saver: Checkpointer, epoch: int, tree: Any, name: str, *, leave: bool)
     saver.save(epoch, tree, {"epoch": epoch}, wait=leave)
     if leave:
         raise Preempted(f"{name}: stopped by a signal after epoch {epoch}; the state is saved")
-
-
-def leaves_when_told(run: Callable[P, int]) -> Callable[P, int]:
-    """Makes a function that runs grids and returns an exit code return EXIT_PREEMPTED, with a line, after a signal."""
-
-    @wraps(run)
-    def told(*args: P.args, **kwargs: P.kwargs) -> int:
-        try:
-            return run(*args, **kwargs)
-        except Preempted as stop:
-            log.warning("%s; start the same command again to continue", stop)
-            return EXIT_PREEMPTED
-
-    return told
 
 
 def _side_by_side(function: Callable, *stacked: Any) -> Any:
@@ -292,16 +293,17 @@ def _cells(spec: GridSpec, last: Mapping[str, Any], params: Any) -> list[Cell]:
         lambda x: np.isfinite(np.asarray(x)).reshape(*x.shape[:2], -1).all(-1), params
     )
     finite = np.logical_and.reduce(jax.tree.leaves(finite))
-    cells = []
-    for s, seed in enumerate(spec.seeds):
-        for r, rate in enumerate(spec.rates):
-            at = lambda value, s=s, r=r: float(np.asarray(value)[s, r].mean())  # noqa: E731
-            scores = {k: at(v) for k, v in last["scores"].items()}
-            loss = scores.pop("train_loss")
-            values = {k: at(v) for k, v in last["learned"].items()}
-            good = bool(finite[s, r]) and all(map(math.isfinite, (loss, *scores.values())))
-            cells.append(Cell(rate, seed, scores, loss, values, good))
-    return cells
+
+    def cell(s: int, r: int) -> Cell:
+        scores, values = (
+            {k: float(np.asarray(v)[s, r].mean()) for k, v in last[group].items()}
+            for group in ("scores", "learned")
+        )
+        loss = scores.pop("train_loss")
+        good = bool(finite[s, r]) and all(map(math.isfinite, (loss, *scores.values())))
+        return Cell(spec.rates[r], spec.seeds[s], scores, loss, values, good)
+
+    return [cell(s, r) for s in range(len(spec.seeds)) for r in range(len(spec.rates))]
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, float]:

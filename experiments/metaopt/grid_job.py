@@ -4,26 +4,19 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from common.config import ConfigError, build, check_choices
-from common.results import ResultRow, append_row, read_rows
-from experiments.metaopt.grid import (
-    GridSpec,
-    Method,
-    Task,
-    diverged,
-    leaves_when_told,
-    run_grid,
-    summary,
-)
+from common.results import ResultRow, append_row
+from experiments.metaopt.grid import GridSpec, Method, Task, diverged, run_grid, summary
 from experiments.metaopt.methods import METHODS
-from experiments.metaopt.pictures import draw
+from experiments.metaopt.pictures import draw_grid
 from experiments.metaopt.tasks.gpt import gpt_task
 from experiments.metaopt.tasks.mlp import mlp_task
 from experiments.metaopt.tasks.resnet import resnet_task
@@ -33,56 +26,93 @@ from experiments.shared.run import Run, job
 log = logging.getLogger("triptych")
 
 
+# By kind: what makes the task from its data, and which settings it takes.
+TASKS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
+    "mlp": (mlp_task, ("data_dir", "hidden", "examples")),
+    "resnet": (resnet_task, ("data_dir", "hidden", "depth", "examples")),
+    "charrnn": (charrnn_task, ("hidden", "depth", "length", "examples")),
+    "gpt": (gpt_task, ("hidden", "depth", "length", "examples")),
+}
+
+
 @dataclass(frozen=True)
 class TaskSettings:
     """What is trained on what.
 
     Attributes:
+      kind: "mlp", "resnet", "charrnn" or "gpt".
       data: a labelled data set of images (common.data.open_source), or where a text lies (sinks.text.documents).
-      data_dir: of TFDS.
-      hidden: units of the mlp and the charrnn, channels of the resnet's first stage, width of the gpt.
-      depth: layers of the resnet, charrnn and gpt.  length: of a window of text, in characters.
-      examples: images, or windows of text, at most; 0 = all.
+      data_dir: folder of TFDS data sets; None takes TFDS_DATA_DIR.
+      hidden: units of the mlp and the charrnn, channels of the resnet's first stage, width of the gpt; None: the task's own.
+      depth: layers of the resnet, the charrnn or the gpt; None: the task's own.
+      length: characters of a window of text; None: the task's own.
+      examples: images, or windows of text, at most; None takes all.
     """
 
-    kind: str
-    data: str
-    data_dir: str = ""
-    hidden: int = 128
-    depth: int = 0
-    length: int = 0
-    examples: int = 0
+    kind: str = "mlp"
+    data: str = "mnist"
+    data_dir: str | None = None
+    hidden: int | None = None
+    depth: int | None = None
+    length: int | None = None
+    examples: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in TASKS:
+            raise ValueError(f"kind={self.kind!r} is unknown; known: {', '.join(TASKS)}")
+        if unused := self.sizes.keys() - {"data_dir", *TASKS[self.kind][1]}:
+            raise ValueError(
+                f"kind={self.kind!r} takes no {', '.join(sorted(unused))}: set it to None"
+            )
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What is set but the kind and the data."""
+        rest = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("kind", "data")}
+        return {k: v for k, v in rest.items() if v is not None}
 
 
-TASKS: dict[str, Callable[[TaskSettings], Task]] = {
-    "mlp": lambda s: mlp_task(s.data, s.data_dir, s.hidden, s.examples),
-    "resnet": lambda s: resnet_task(s.data, s.data_dir, s.hidden, s.depth, s.examples),
-    "charrnn": lambda s: charrnn_task(s.data, s.hidden, s.depth, s.length, s.examples),
-    "gpt": lambda s: gpt_task(s.data, s.hidden, s.depth, s.length, s.examples),
-}
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting of the job.
+
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      methods: names of experiments.metaopt.methods.METHODS.
+    """
+
+    job: str = "metaopt_grid"
+    name: str = ""
+    task: TaskSettings
+    grid: GridSpec
+    methods: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_choices(methods=self.methods)
+        if unknown := [m for m in self.methods if m not in METHODS]:
+            raise ConfigError(f"config.methods has {unknown[0]!r}; known: {', '.join(METHODS)}")
 
 
 def open_task(settings: TaskSettings) -> Task:
     """The task with its data in memory. Raises ConfigError where they cannot be had, or the sizes do not fit."""
+    make, known = TASKS[settings.kind]
     try:
-        return TASKS[settings.kind](settings)
+        return make(settings.data, **{k: v for k, v in settings.sizes.items() if k in known})
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"config.task: {error}") from error
 
 
 @job(only=("methods",))
-@leaves_when_told
 def run(run: Run) -> int:
     """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
-    methods, spec, settings = resolve(run.values)
-    task = open_task(settings)
+    settings = build(Settings, run.values)
+    task, spec = open_task(settings.task), settings.grid
     check_batch(task, spec)
     run.begin(0)
-    rows = [row for method in methods for row in run_method(task, method, spec, run)]
+    rows = [row for name in settings.methods for row in run_method(task, METHODS[name], spec, run)]
     score = next(iter(rows[0].metrics))
-    show(rows, f"{run.values['name']}: test {score} by initial rate", score)
-    names = [method.name for method in methods]
-    log.info("drew %s", draw(run.workdir, rows, names, spec, score))
+    show(rows, f"{settings.name}: test {score} by initial rate", score)
+    log.info("drew %s", draw_grid(run.workdir, rows, settings.methods, spec, score))
     log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
     return 0
 
@@ -95,34 +125,14 @@ def check_batch(task: Task, spec: GridSpec) -> None:
         raise ConfigError(f"config.grid: {error}") from error
 
 
-def resolve(values: Mapping[str, Any]) -> tuple[list[Method], GridSpec, TaskSettings]:
-    """Checks a config's dict. Raises ConfigError naming the setting, its value and the remedy."""
-    for group in ("job", "name", "task", "grid", "methods"):
-        if group not in values:
-            raise ConfigError(f"config.{group} is missing")
-    try:
-        check_choices(methods=values["methods"])
-    except ValueError as error:
-        raise ConfigError(f"config: {error}") from error
-    if unknown := [m for m in values["methods"] if m not in METHODS]:
-        raise ConfigError(f"config.methods has {unknown[0]!r}; known: {', '.join(METHODS)}")
-    settings = build(TaskSettings, values["task"], "config.task.")
-    if settings.kind not in TASKS:
-        raise ConfigError(
-            f"config.task.kind={settings.kind!r} is unknown; known: {', '.join(TASKS)}"
-        )
-    spec = build(GridSpec, values["grid"], "config.grid.")
-    return [METHODS[m] for m in values["methods"]], spec, settings
-
-
 def run_method(task: Task, method: Method, spec: GridSpec, run: Run) -> list[ResultRow]:
     """Trains a method's grid and appends the rows that are not there; all of its rows.
 
     Raises:
       ConfigError: the method has rows of another config.
     """
-    path = run.workdir / "results.jsonl"
-    done = {row.overrides["initial_rate"]: row for row in _rows_of(method, spec, run)}
+    rows = partial(run.rows, {"method": method.name}, grid=dataclasses.asdict(spec))
+    done = {row.overrides["initial_rate"]: row for row in rows()}
     if done.keys() >= set(spec.rates):
         log.info("%s: done before", method.name)
         return [done[rate] for rate in spec.rates]
@@ -138,23 +148,13 @@ def run_method(task: Task, method: Method, spec: GridSpec, run: Run) -> list[Res
             steps=spec.epochs * task.steps(spec.batch),
             wall_seconds=clock.seconds / len(spec.rates),
         )
-        append_row(path, row)
-    return _rows_of(method, spec, run)
-
-
-def _rows_of(method: Method, spec: GridSpec, run: Run) -> list[ResultRow]:
-    rows = read_rows(run.workdir / "results.jsonl")
-    rows = [row for row in rows if row.overrides["method"] == method.name]
-    if not all(run.owns(row, part=True, grid=dataclasses.asdict(spec)) for row in rows):
-        raise ConfigError(
-            f"{run.workdir} has rows of {method.name} from another config: take another --workdir"
-        )
-    return rows
+        append_row(run.workdir / "results.jsonl", row)
+    return rows()
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a method falls behind the best run of all, over its initial rates (spec 6.3).
+    """How far a method falls behind the best run of all, over its initial rates (docs/papers/gdtuo.md 6.3).
 
     Attributes:
       worst, mean: largest and geometric mean of score / best score; infinite where a run diverged.

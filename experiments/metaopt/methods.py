@@ -26,7 +26,7 @@ def tower(height: int) -> Callable[[float], optax.GradientTransformation]:
 
 
 def table_tower(height: int) -> Callable[[float], optax.GradientTransformation]:
-    """Figure 4b: the same with the authors' initial rates for the levels above (spec 3.5)."""
+    """Figure 4b: the same with the authors' initial rates for the levels above (docs/papers/gdtuo.md 3.5)."""
 
     def make(rate: float) -> optax.GradientTransformation:
         upper = (100 * rate, rate, 0.01 * rate) if rate < 1e-3 else (1e-3 * rate, 1e-4 * rate, 1e-8)
@@ -45,7 +45,7 @@ def _fixed_sgd(rate: float) -> optax.GradientTransformation:
 
 
 def figure2_tower(momentum: float) -> Callable[[float], optax.GradientTransformation]:
-    """Figure 2: rate and momentum of SGD, each under SGD with a step size of its own (spec 3.3)."""
+    """Figure 2: rate and momentum of SGD, each under SGD with a step size of its own (docs/papers/gdtuo.md 3.3)."""
 
     def make(rate: float) -> optax.GradientTransformation:
         upper = _each_by_sgd(learning_rate=1e-3 * rate**2, momentum=1e-6 / (1 - momentum))
@@ -55,7 +55,7 @@ def figure2_tower(momentum: float) -> Callable[[float], optax.GradientTransforma
 
 
 def figure3_tower(rate: float) -> optax.GradientTransformation:
-    """Figure 3: rate and betas of Adam, each under SGD with a step size of its own (spec 3.4)."""
+    """Figure 3: rate and betas of Adam, each under SGD with a step size of its own (docs/papers/gdtuo.md 3.4)."""
     return paper.adam(rate, by=_each_by_sgd(learning_rate=1e-2 * rate, b1=1e-4, b2=2e-4))
 
 
@@ -95,7 +95,10 @@ def _greedy(factory: Any) -> Callable[[float], optax.GradientTransformation]:
 
 
 def _metaoptimize(rate: float) -> optax.GradientTransformation:
-    """MetaOptimize's Hessian-free form (spec 1.4): AdamW under Lion, log rate, gamma 0.9999, meta rate 1e-3."""
+    """MetaOptimize's Hessian-free form (docs/papers/gdtuo.md 1.4).
+
+    AdamW under Lion, log rate, gamma 0.9999, meta rate 1e-3.
+    """
     lion = optax.lion(1e-3, b1=0.9, b2=0.99, weight_decay=0.0)
     return metaopt.hyper(
         optax.adamw, learning_rate=learn(rate), by=lion, trace=Trace(gamma=0.9999), guards=None
@@ -123,7 +126,7 @@ _ALL = [
     Method("tower1(adam)", lambda r: paper.adam_baydin(r, by=paper.sgd(1e-5))),
     Method("figure3_tower", figure3_tower),
     Method("metaoptimize", _metaoptimize),
-    # Of optax.contrib: the rate is each one's own initial guess (spec 6.3: they are not exempt).
+    # Of optax.contrib: the rate is each one's own initial guess (docs/papers/gdtuo.md 6.3: they are not exempt).
     Method("prodigy", lambda r: contrib.prodigy(1.0, estim_lr0=r), False),
     Method("dadapt_adamw", lambda r: contrib.dadapt_adamw(1.0, estim_lr0=r), False),
     Method("mechanic(adam)", lambda r: contrib.mechanize(optax.adam(1e-3), s_init=r), False),

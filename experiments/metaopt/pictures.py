@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from common.plots import COLORS
 from common.results import ResultRow
-from common.writers import read_rows
+from common.writers import read_metrics
 from experiments.metaopt.grid import GridSpec, diverged
 
 FEW = 4  # initial rates that each get a column
@@ -23,7 +22,7 @@ NAMES = {
 }
 
 
-def draw(
+def draw_grid(
     workdir: Path, rows: Sequence[ResultRow], methods: Sequence[str], spec: GridSpec, score: str
 ) -> Path:
     """Draws `workdir`/grid.png from the rows and metrics.jsonl of `methods`, and returns its path.
@@ -42,7 +41,7 @@ def draw(
 
 def over_time(workdir: Path, methods: Sequence[str], rates: Sequence[float], score: str) -> Figure:
     """Curves by epoch: quantities down, initial rates across, a line for each method."""
-    logs = {method: read_rows(workdir / method / "metrics.jsonl") for method in methods}
+    logs = {method: read_metrics(workdir / method / "metrics.jsonl") for method in methods}
     shown = [score, "train_loss"]
     if any(key.startswith("learning_rate ") for log in logs.values() for key in log[-1]):
         shown.append("learning_rate")
@@ -91,7 +90,6 @@ def _figure(
     rows: int, columns: int, width: float = 3.2, height: float = 2.1
 ) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -117,7 +115,7 @@ def _natural(name: str, value: float) -> float:
 def _log(ax: Axes) -> None:
     """A logarithmic axis with plain numbers, also where it spans less than a decade.
 
-    Linear below 1e-8 where a value is not positive: a raw rate may turn negative (spec 1.3).
+    Linear below 1e-8 where a value is not positive: a raw rate may turn negative (docs/papers/gdtuo.md 1.3).
     """
     if any((np.asarray(line.get_ydata()) <= 0).any() for line in ax.lines):
         ax.set_yscale("symlog", linthresh=1e-8)

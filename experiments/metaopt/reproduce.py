@@ -15,12 +15,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from common.results import ResultRow
-from common.writers import read_rows as read_metrics
-from experiments.metaopt.grid import GridSpec, leaves_when_told
+from common.writers import read_metrics
+from experiments.metaopt.grid import GridSpec
 from experiments.metaopt.grid_job import TaskSettings, run_method, show
 from experiments.metaopt.methods import METHODS
 from experiments.metaopt.tasks.mlp import mlp_task
-from experiments.shared.run import Run
+from experiments.shared.run import Run, job
 
 RATES = (1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e2)
 SHOWN = {
@@ -39,14 +39,12 @@ SPEC = GridSpec(epochs=40, batch=64, rates=RATES, seeds=(0, 1), save_every=40)
 log = logging.getLogger("triptych")
 
 
-@leaves_when_told
 def run(workdir: Path, methods: Sequence[str] = tuple(SHOWN), spec: GridSpec = SPEC) -> int:
     """Trains what has no rows in `workdir`/results.jsonl yet, prints the table, and draws the picture. Returns an exit code.
 
     Each row is a method from one initial rate: overrides {"method", "initial_rate"}, metrics "error" (test error in [0, 1],
     mean over seeds), "learned/learning_rate", "diverged".
     """
-    task = mlp_task("digits", hidden=32)
     values = {
         "job": "metaopt_digits",
         "name": "metaopt_digits",
@@ -54,15 +52,18 @@ def run(workdir: Path, methods: Sequence[str] = tuple(SHOWN), spec: GridSpec = S
         "grid": dataclasses.asdict(spec),
         "methods": methods,
     }
-    run = Run(values, workdir, resume="changed", has_flag=False)
-    run.check(only=("methods",))
-    run.begin(0)
-    with run.clock:
+
+    @job(only=("methods",))
+    def grid(run: Run) -> int:
+        task = mlp_task("digits", hidden=32)
+        run.begin(0)
         rows = [row for name in methods for row in run_method(task, METHODS[name], spec, run)]
-    show(rows, "Digits: test error after 40 epochs of SGD, by initial learning rate")
-    picture(rows, workdir)
-    log.info("drew %s", workdir / "metaopt_digits.png")
-    return 0
+        show(rows, "Digits: test error after 40 epochs of SGD, by initial learning rate")
+        picture(rows, workdir)
+        log.info("drew %s", workdir / "metaopt_digits.png")
+        return 0
+
+    return grid(Run(values, workdir, resume="changed", has_flag=False))
 
 
 def picture(rows: Sequence[ResultRow], workdir: Path) -> None:

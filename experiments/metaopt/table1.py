@@ -10,8 +10,9 @@ from rich.table import Table
 
 from common.config import ConfigError, build, check_choices
 from common.results import append_row, read_rows
-from experiments.metaopt.grid import GridSpec, Method, Task, leaves_when_told, run_grid, summary
+from experiments.metaopt.grid import GridSpec, Method, Task, run_grid, summary
 from experiments.metaopt.grid_job import TaskSettings, check_batch, open_task, wide_console
+from experiments.shared.published import published
 from experiments.shared.run import Run, job
 from metaopt import paper
 
@@ -21,17 +22,12 @@ Make = Callable[[], optax.GradientTransformation]
 
 @dataclass(frozen=True)
 class Row:
-    """One line: a name, epochs, the tower (None above: fixed), and the plain optimizer that its learned values set.
-
-    `paper` and `paper_rerun` are the printed test errors in percent, for the table.
-    """
+    """One line: a name, epochs, the tower (None above: fixed), and the plain optimizer that its learned values set."""
 
     name: str
     epochs: int
     make: Make
     rerun: Callable[[dict[str, float]], optax.GradientTransformation] | None
-    paper: float
-    paper_rerun: float | None = None
 
 
 def _sgd(h: dict[str, float]) -> optax.GradientTransformation:
@@ -55,45 +51,57 @@ def _rms(by: optax.GradientTransformation, both: bool) -> optax.GradientTransfor
 
 
 ROWS = [
-    Row("SGD(0.01)", 30, lambda: paper.sgd(0.01), None, 8.99),
-    Row("SGD/SGD(0.01)", 30, lambda: paper.sgd(0.01, by=paper.sgd(0.01)), _sgd, 4.81, 5.44),
-    Row("SGD/Adam(0.1)", 30, lambda: paper.sgd(0.01, by=paper.adam(0.1)), _sgd, 4.86, 2.80),
-    Row("SGD/AdaGrad(0.01)", 30, lambda: paper.sgd(0.01, by=paper.adagrad(0.01)), _sgd, 4.85, 5.17),
-    Row("SGD/RMSProp(0.1)", 30, lambda: paper.sgd(0.01, by=paper.rmsprop(0.1)), _sgd, 4.52, 2.52),
-    Row("Adam(0.001)", 5, lambda: paper.adam(1e-3), None, 4.67),
-    Row("Adam/SGD(1e-5)", 5, lambda: paper.adam(1e-3, by=paper.sgd(1e-5)), _adam, 3.03, 3.11),
-    Row("Adam-alpha/SGD(1e-5)", 5, lambda: paper.adam_baydin(1e-3, by=paper.sgd(1e-5)), _adam, 3.12, 3.47),
-    Row("Adam/Adam", 5, lambda: paper.adam(1e-3, by=paper.adam(1e-3)), _adam, 3.05, 3.24),
-    Row("Adam-alpha/Adam", 5, lambda: paper.adam_baydin(1e-3, by=paper.adam(1e-3)), _adam, 3.04, 3.08),
-    Row("AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01), None, 7.40),
-    Row("AdaGrad/SGD(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.sgd(0.01)), _adagrad, 6.90, 7.75),
-    Row("AdaGrad/AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.adagrad(0.01)), _adagrad, 5.03, 6.67),
-    Row("RMSProp(0.01)", 5, lambda: paper.rmsprop(0.01), None, 4.19),
-    Row("RMSProp-alpha/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), False), _rmsprop, 3.55, 3.93),
-    Row("RMSProp-alpha,gamma/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), True), _rmsprop, 3.33, 3.25),
-    Row("RMSProp-alpha/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), False), _rmsprop, 3.42, 3.60),
-    Row("RMSProp-alpha,gamma/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), True), _rmsprop, 2.96, 3.65),
+    Row("SGD(0.01)", 30, lambda: paper.sgd(0.01), None),
+    Row("SGD/SGD(0.01)", 30, lambda: paper.sgd(0.01, by=paper.sgd(0.01)), _sgd),
+    Row("SGD/Adam(0.1)", 30, lambda: paper.sgd(0.01, by=paper.adam(0.1)), _sgd),
+    Row("SGD/AdaGrad(0.01)", 30, lambda: paper.sgd(0.01, by=paper.adagrad(0.01)), _sgd),
+    Row("SGD/RMSProp(0.1)", 30, lambda: paper.sgd(0.01, by=paper.rmsprop(0.1)), _sgd),
+    Row("Adam(0.001)", 5, lambda: paper.adam(1e-3), None),
+    Row("Adam/SGD(1e-5)", 5, lambda: paper.adam(1e-3, by=paper.sgd(1e-5)), _adam),
+    Row("Adam-alpha/SGD(1e-5)", 5, lambda: paper.adam_baydin(1e-3, by=paper.sgd(1e-5)), _adam),
+    Row("Adam/Adam", 5, lambda: paper.adam(1e-3, by=paper.adam(1e-3)), _adam),
+    Row("Adam-alpha/Adam", 5, lambda: paper.adam_baydin(1e-3, by=paper.adam(1e-3)), _adam),
+    Row("AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01), None),
+    Row("AdaGrad/SGD(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.sgd(0.01)), _adagrad),
+    Row("AdaGrad/AdaGrad(0.01)", 30, lambda: paper.adagrad(0.01, by=paper.adagrad(0.01)), _adagrad),
+    Row("RMSProp(0.01)", 5, lambda: paper.rmsprop(0.01), None),
+    Row("RMSProp-alpha/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), False), _rmsprop),
+    Row("RMSProp-alpha,gamma/SGD(1e-4)", 5, lambda: _rms(paper.sgd(1e-4), True), _rmsprop),
+    Row("RMSProp-alpha/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), False), _rmsprop),
+    Row("RMSProp-alpha,gamma/RMSProp(1e-4)", 5, lambda: _rms(paper.rmsprop(1e-4), True), _rmsprop),
 ]  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting of the job.
+
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      rows: names of rows of the table; None takes all.
+    """
+
+    job: str = "metaopt_table1"
+    name: str = "mnist_table1"
+    task: TaskSettings
+    grid: GridSpec
+    rows: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        known = [row.name for row in ROWS]
+        check_choices(rows=known if self.rows is None else self.rows)
+        if unknown := [name for name in self.rows or () if name not in known]:
+            raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
+
+
 @job(only=("rows",))
-@leaves_when_told
 def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
-    values = run.values
-    settings = build(TaskSettings, values["task"], "config.task.")
-    spec = build(GridSpec, values["grid"], "config.grid.")
-    task = open_task(settings)
+    settings = build(Settings, run.values)
+    task, spec = open_task(settings.task), settings.grid
     check_batch(task, spec)
     known = {row.name: row for row in ROWS}
-    if unknown := [name for name in values["rows"] if name not in known]:
-        raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
-    if values["rows"]:  # none: all
-        try:
-            check_choices(rows=values["rows"])
-        except ValueError as error:
-            raise ConfigError(f"config: {error}") from error
-    chosen = [known[name] for name in values["rows"]] or ROWS
+    chosen = ROWS if settings.rows is None else [known[name] for name in settings.rows]
     run.begin(0)
     for row in chosen:
         learned = _train(task, row.name, row.make, row, spec, run)
@@ -109,38 +117,31 @@ def _train(
     task: Task, name: str, make: Make, row: Row, spec: GridSpec, run: Run
 ) -> dict[str, float]:
     """Trains one line over the seeds unless it is done; returns the mean learned values of its lowest level."""
-    path = run.workdir / "results.jsonl"
-    rows = {r.overrides["row"]: r for r in read_rows(path)}
-    if name in rows and not run.owns(rows[name], part=True):
-        raise ConfigError(
-            f"{path} has the row of {name} from another config: take another --workdir"
-        )
-    done = {known: r.metrics for known, r in rows.items()}
-    if name not in done:
+    if done := run.rows({"row": name}):
+        metrics = done[0].metrics
+    else:
         epochs = min(row.epochs, spec.epochs)
         own = GridSpec(epochs, spec.batch, (1.0,), spec.seeds, spec.save_every)
         folder = name.replace("/", "-").replace(" ", "")
         with run.part(folder) as clock:
             cells = run_grid(task, Method(name, lambda rate: make()), own, run.workdir / folder)
         metrics = summary(cells)
-        append_row(
-            path,
-            run.row(
-                metrics,
-                part={"row": name},
-                seeds=spec.seeds,
-                steps=epochs * task.steps(spec.batch),
-                wall_seconds=clock.seconds,
-            ),
+        result = run.row(
+            metrics,
+            part={"row": name},
+            seeds=spec.seeds,
+            steps=epochs * task.steps(spec.batch),
+            wall_seconds=clock.seconds,
         )
-        done[name] = metrics
+        append_row(run.workdir / "results.jsonl", result)
         log.info("%s: %.2f %%", name, 100 * metrics["error"])
     prefix = "learned/"
-    return {k.removeprefix(prefix): v for k, v in done[name].items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
 def _show(rows: list[Row], workdir: Path) -> None:
     done = {r.overrides["row"]: r.metrics for r in read_rows(workdir / "results.jsonl")}
+    of_paper, of_rerun = printed(False), printed(True)
     table = Table(title="Table 1: test error (%), mean ± sd over seeds [the paper's]")
     for column in ("optimizer", "ours", "paper", "learned", "rerun", "paper's rerun"):
         table.add_column(column, justify="left" if column in ("optimizer", "learned") else "right")
@@ -150,10 +151,18 @@ def _show(rows: list[Row], workdir: Path) -> None:
             f"{v:.4g}" for k, v in metrics.items() if k.startswith("learned/") and "by/" not in k
         )
         table.add_row(
-            row.name, percent(metrics), f"{row.paper:.2f}", learned,
-            percent(again) if again else "", f"{row.paper_rerun:.2f}" if row.paper_rerun else "",
+            row.name, percent(metrics), of_paper[row.name], learned,
+            percent(again) if again else "", of_rerun.get(row.name, ""),
         )  # fmt: skip
     wide_console().print(table)
+
+
+def printed(rerun: bool) -> dict[str, str]:
+    """The paper's test errors in percent, by a row's name: its own, or those of its rerun with the learned values."""
+    rows = [
+        p for p in published("metaopt") if p.id.startswith("table1") and p.metric == "test error"
+    ]
+    return {p.what: p.value for p in rows if p.id.endswith("/rerun") == rerun}
 
 
 def percent(metrics: dict[str, float]) -> str:

@@ -1,26 +1,28 @@
 """Gradient Descent: The Ultimate Optimizer."""
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.results import ResultRow, read_rows
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments.metaopt.grid import diverged
 from experiments.metaopt.grid_job import gaps
 from experiments.metaopt.table1 import ROWS as TABLE1
 from experiments.metaopt.table1 import percent as mean_and_sd
+from experiments.metaopt.table1 import printed
+from experiments.shared.published import published
 from experiments.shared.tables import Section, known, machine, percent, perplexity, section
 
 
 def table1(results: Path) -> str:
     rows = {r.overrides["row"]: r for r in read_rows(results / "mnist_table1.jsonl")}
+    paper, papers_rerun = printed(False), printed(True)
     lines = []
     for row in TABLE1:
         ours, again = rows.get(row.name), rows.get(f"{row.name}, rerun")
         if ours:
-            rerun = (mean_and_sd(again.metrics), known(row.paper_rerun)) if again else ("", "")
-            lines.append((row.name, mean_and_sd(ours.metrics), known(row.paper), *rerun, ours.id))
+            rerun = (mean_and_sd(again.metrics), papers_rerun[row.name]) if again else ("", "")
+            lines.append((row.name, mean_and_sd(ours.metrics), paper[row.name], *rerun, ours.id))
     seeds = sorted({len(row.seeds) for row in rows.values()})
     note = (
         f"MNIST, test error in %, mean ± sd over {' or '.join(map(str, seeds))} seeds. Rerun: the plain optimizer "
@@ -31,10 +33,10 @@ def table1(results: Path) -> str:
 
 
 def figure4(results: Path) -> str:
-    """4a: every level from the same rate; 4b: the levels above from the authors' table of rates (spec 3.5)."""
+    """4a: every level from the same rate; 4b: levels above from the authors' table of rates (docs/papers/gdtuo.md 3.5)."""
     rows = read_rows(results / "mnist_towers.jsonl")
     rates = sorted({row.overrides["initial_rate"] for row in rows})
-    paper = {(method, rate): error for (_, method, rate), error in _published("figure4").items()}
+    paper = _published("Figure 4a") | _published("Figure 4b")
     lines = []
     for method in sorted({row.overrides["method"] for row in rows}, key=_by_name):
         lines.append((f"{method}, ours", *[_at(rows, method, rate, percent) for rate in rates]))
@@ -55,11 +57,11 @@ def _by_name(method: str) -> tuple[bool, bool, bool, str]:
 
 def figure2(results: Path) -> str:
     rows = read_rows(results / "cifar10_resnet20.jsonl")
-    paper = _published("figure2")
+    papers = [_published("Figure 2a"), _published("Figure 2b")]
     lines = []
     for row in rows:
         method, rate = row.overrides["method"], row.overrides["initial_rate"]
-        points = [paper.get((figure, method, f"{rate:g}"), "") for figure in ("2a", "2b")]
+        points = [paper.get((method, f"{rate:g}"), "") for paper in papers]
         learned = row.metrics.get("learned/learning_rate")
         lines.append(
             (
@@ -109,8 +111,8 @@ def robustness(results: Path) -> str:
         ]
         note = (
             f"Test {'error in %' if score == 'error' else score} after {rows[0].steps} steps, by initial rate, "
-            f"{len(rows[0].seeds)} seed(s), {where}; worst: of a method's runs, as a multiple of the best run of all; "
-            "diverged: least share of its runs that did not end finite; a star marks where."
+            f"{len(rows[0].seeds)} seed(s), {where}. Worst: of a method's runs, as a multiple of the best run of all. "
+            "Diverged: least share of its runs that did not end finite; a star marks where."
         )
         name = path.stem.removeprefix("robustness_")
         header = ("method", *[f"{r:g}" for r in rates], "worst", "diverged")
@@ -132,7 +134,7 @@ def figure3(results: Path) -> str:
     epochs = {end["step"] for end in ends.values()}
     note = (
         f"Char-RNN on War and Peace, test perplexity by initial rate after {'/'.join(map(str, sorted(epochs)))} of 49 "
-        "epochs, mean of 3 seeds, on one H100 whose loan ended there; the schedule of cosine(adam) has hardly begun to fall."
+        "epochs, mean of 3 seeds, on one H100 whose loan ended there. The schedule of cosine(adam) has hardly begun to fall."
     )
     return section("Figure 3, its first part", note, ("method", *rates), lines)
 
@@ -194,13 +196,13 @@ def _at(
     return ""
 
 
-def _published(name: str) -> dict[tuple[str, str, str], str]:
-    """The errors of the paper's figure `name`, in %, by part of the figure, method, and initial rate as "%g" writes it."""
-    with open(Path(__file__).with_name(f"published_{name}.csv")) as file:
-        return {
-            (p["figure"], p["method"], f"{float(p['rate']):g}"): p["error"]
-            for p in csv.DictReader(file)
-        }
+def _published(figure: str) -> dict[tuple[str, str], str]:
+    """The errors of a figure of the paper, in %, by method, and initial rate as "%g" writes it."""
+    return {
+        (p.what, p.setting.removeprefix("initial_rate=")): p.value
+        for p in published("metaopt")
+        if (p.table, p.metric) == (figure, "test error")
+    }
 
 
 SECTIONS: tuple[Section, ...] = (

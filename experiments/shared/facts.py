@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
+from common.commit import packages
 from common.results import PACKAGES
 
 ROOT = Path(__file__).parents[2]
-OURS = ("common", "jepa", "sinks", "metaopt", "experiments")
 # Of jax's own settings, those that change numbers.
 JAX_SETTINGS = (
     "jax_enable_x64",
@@ -44,7 +44,9 @@ def data_facts(**fingerprints: Mapping[str, Any]) -> dict[str, str]:
 def source_digests(root: Path) -> dict[str, str]:
     """A short digest of every source file of our packages under `root`, but for configs, whose values are compared."""
     digests = {}
-    for path in sorted(path for package in OURS for path in (root / package).rglob("*.py")):
+    for path in sorted(
+        path for package in packages(root) for path in (root / package).rglob("*.py")
+    ):
         if path.parent.name != "configs":
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             digests[f"the code {path.relative_to(root).as_posix()}"] = digest[:12]

@@ -3,7 +3,8 @@
 A workdir belongs to one config. `config.json` holds it, and a start with other settings is refused before anything is
 computed or written, with every difference named. What is in FREE may differ: it changes no result. `--resume=changed` takes
 the other settings on purpose; `run.json` keeps what changed at which step, and the row tells it. Settings that decide what
-a saved state means (the stream of data, shapes, what the finished parts of a sweep measured) cannot change so.
+a saved state means (the stream of data, shapes, what the finished parts of a sweep measured) cannot change so. A workdir of
+an older version is gone on with: what it had no setting for, and that its commit is not known, is told as a change.
 
 Files of a workdir that every job has: config.json, run.json, clock.json, and result.json and results.jsonl at the end.
 """
@@ -19,12 +20,16 @@ from typing import Any
 
 import jax
 
-from common.checkpoint import DamagedError, read_meta
+from common.checkpoint import DamagedError, StructureError, read_meta
 from common.commit import find_commit
 from common.config import ConfigError
+from common.distributed import EXIT_PREEMPTED
+from common.evaluation import EvaluationFailed
 from common.results import ResultRow, append_row, config_hash, make_row, read_rows
+from common.train_loop import NonFiniteLoss, Preempted
 from common.writers import to_json
 from experiments.shared.clock import Clock, write_json
+from experiments.shared.old_settings import ADDED, as_before, renewed
 
 log = logging.getLogger("triptych")
 
@@ -34,7 +39,9 @@ FREE = (
     "job",  # a run and its baselines share a workdir; each row names its own job
     "mesh",
     "train.accumulate",
+    "train.steps_per_dispatch",
     "data.workers",
+    "data.on_device",  # the same records; crops and masks are other draws, which no checkpoint mixes (its fingerprint)
     "data.skip_bad",  # batches are the same up to the first damaged image, and the row counts what was skipped
     "data.data_dir",
     "task.data_dir",
@@ -73,7 +80,9 @@ def within(name: str, groups: Sequence[str]) -> bool:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that differ and are not free to: full name -> (saved, now), NOTHING where one has none."""
-    old, new = settings_of(saved), settings_of(now)
+    old, new = (settings_of(renewed(config)) for config in (saved, now))
+    added = {f"config.{k}": v for k, v in ADDED.get(now.get("job", ""), {}).items()}
+    old, new = added | old, added | new
     pairs = {name: (old.get(name, NOTHING), new.get(name, NOTHING)) for name in {**old, **new}}
     return {k: (a, b) for k, (a, b) in pairs.items() if a != b and not within(k, FREE)}
 
@@ -81,7 +90,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
 def hash_of(values: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """The hash that rows carry: of every setting that is not free, nor in `without`."""
     left_out = (*FREE, *without)
-    return config_hash({k: v for k, v in settings_of(values).items() if not within(k, left_out)})
+    values = settings_of(as_before(values))
+    return config_hash({k: v for k, v in values.items() if not within(k, left_out)})
 
 
 @dataclass
@@ -110,7 +120,11 @@ class Run:
         self.workdir = Path(self.workdir)
         self.job = self.values.get("job", "")
         self.saved = self._saved_config()
-        self.changed = {} if self.saved is None else differences(self.saved, self.values)
+        changed = {} if self.saved is None else differences(self.saved, self.values)
+        # What the version that made this workdir did not know, unless the command line sets it.
+        set_now = {f"config.{name}" for name in self.overrides}
+        self.added = {k: b for k, (a, b) in changed.items() if a is NOTHING and k not in set_now}
+        self.changed = {k: pair for k, pair in changed.items() if k not in self.added}
         self.clock = Clock(self.workdir / "clock.json", self.job)
         self.commit = find_commit()  # now: a long run's files may be edited while it lasts
         self._changes: list[dict[str, Any]] = []
@@ -136,6 +150,9 @@ class Run:
         self._choosing = only or ()
         if self.saved is None:
             return self._check_rows()
+        if self.added:
+            new = ", ".join(f"{name}={value!r}" for name, value in self.added.items())
+            log.warning("%s is of an older version; new settings: %s", self.workdir, new)
         fixed = [k for k in self.changed if only is not None and not within(k, (*only, "name"))]
         if not self.changed or (self.resume == "changed" and not fixed):
             return None
@@ -172,11 +189,33 @@ class Run:
     def owns(self, row: ResultRow, *, part: bool = False, **former: Any) -> bool:
         """Whether a row (of a part) is of these settings.
 
-        `former`: what older versions put into the config whose hash they wrote.
+        `former`: what older versions put into the config whose hash they wrote; NOTHING, where they had no such setting.
         """
-        config = {**(self.saved or self.values), "job": self.job, **former}
-        ours = self.part_hash if part else hash_of(self.values)
-        return row.config_hash in (ours, config_hash(config))
+        config = {**as_before(self.saved or self.values), "job": self.job, **former}
+        config = {k: v for k, v in config.items() if v is not NOTHING}
+        without = (*self._choosing, "name") if part else ()
+        ours = hash_of(self.values, without), hash_of(config, without)
+        return row.config_hash in (*ours, config_hash(config))
+
+    def rows(
+        self, part: Mapping[str, Any], folder: Path | None = None, **former: Any
+    ) -> list[ResultRow]:
+        """The rows of a part of this sweep that is done, in results.jsonl of `folder` (the workdir).
+
+        Args:
+          part: what tells this one from the others, as `row` was given it.  former: see `owns`.
+
+        Raises:
+          ConfigError: they are of other settings.
+        """
+        rows = read_rows(path := (folder or self.workdir) / "results.jsonl")
+        rows = [row for row in rows if part.items() <= row.overrides.items()]
+        if not all(self.owns(row, part=True, **former) for row in rows):
+            name = ", ".join(map(str, part.values())) or "a part"
+            raise ConfigError(
+                f"{path} has rows of {name} from another config: take another --workdir"
+            )
+        return rows
 
     # While it lasts
 
@@ -190,7 +229,9 @@ class Run:
         record = records.get(self.job, {})
         if restored is None and self.changed:
             self.clock.reset()
-        self._changes = _merge(record.get("changes", []), restored, self._changes_now(record))
+        old = self.saved is not None and not records  # older versions wrote no run.json
+        changes = self._changes_now(record.get("commit", "unknown" if old else self.commit))
+        self._changes = _merge(record.get("changes", []), restored, changes)
         if jax.process_index() == 0:
             self.workdir.mkdir(parents=True, exist_ok=True)
             record = {"commit": self.commit, "changes": self._changes}
@@ -260,14 +301,15 @@ class Run:
     def _check_rows(self) -> None:
         """Without config.json, rows must be of this config."""
         for row in read_rows(path := self.workdir / "results.jsonl"):
-            if row.job == self.job and not (self.owns(row) or self.owns(row, part=True)):
+            if not (self.owns(row, job=row.job) or self.owns(row) or self.owns(row, part=True)):
                 raise ConfigError(
                     f"{path} has rows of another config, and no config.json says which: take another --workdir"
                 )
 
-    def _changes_now(self, record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    def _changes_now(self, before: str) -> dict[str, list[Any]]:
+        """`before`: the commit of the last start."""
         now = {k: [_or_none(a), _or_none(b)] for k, (a, b) in self.changed.items()}
-        before = record.get("commit", self.commit)
+        now |= {k: [None, value] for k, value in self.added.items()}
         return now | ({"commit": [before, self.commit]} if before != self.commit else {})
 
 
@@ -275,6 +317,9 @@ def job(
     only: Sequence[str] | None = None,
 ) -> Callable[[Callable[[Run], int]], Callable[[Run], int]]:
     """Makes a function of a Run a job: it runs where the workdir allows it and is not done, and its clock is kept.
+
+    What stops it on the way becomes a line and an exit code: a signal, a loss that is not finite, an evaluation that failed,
+    and a saved state that is another version's.
 
     Args:
       only: see `Run.check`.
@@ -288,12 +333,31 @@ def job(
                 return 0
             try:
                 return body(run)
+            except Preempted as stop:
+                log.warning("%s; start the same command again to continue", stop)
+                return EXIT_PREEMPTED
+            except (NonFiniteLoss, EvaluationFailed) as error:
+                log.error("error: %s", error)
+                return 1
+            except StructureError as error:
+                if run.changed:
+                    raise
+                raise _of_another_version(error) from error
             finally:
                 run.clock.__exit__()
 
         return started
 
     return wrap
+
+
+def _of_another_version(error: StructureError) -> ConfigError:
+    """The settings are those of the saved state, so that its parts differ as the code does."""
+    first, *lines = str(error).splitlines()
+    return ConfigError(
+        f"{first.partition(' holds another')[0]} was saved by another version of the code, whose state has other parts "
+        f"({lines[0].strip()}; {len(lines)} in all): finish it with that version, or take another --workdir"
+    )
 
 
 def _read_json(path: Path) -> Any:

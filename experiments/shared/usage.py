@@ -1,6 +1,7 @@
 """What `python -m experiments.launch --help` prints: the flags, the configs there are, and what a config can be told."""
 
 import ast
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,10 +38,20 @@ def of_configs() -> str:
     return "\n".join(["", "configs:", *rows])
 
 
-def of_config(path: str, values: Mapping[str, Any]) -> str:
-    """A config file's own words, and its settings with the values that this command gives them."""
+def without_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command without its settings that are None, which flags of a type cannot take, and these settings' names."""
+    found = {a: re.fullmatch(r"--?config\.([\w.]+)=[Nn]one", a) for a in argv}
+    return [a for a in argv if not found[a]], [name[1] for name in found.values() if name]
+
+
+def of_config(path: str, values: Mapping[str, Any], about: Mapping[str, tuple[str, str]]) -> str:
+    """A config file's own words, and its settings: type, the value that this command gives, and a line (`about` it)."""
     doc = ast.get_docstring(ast.parse(Path(path).read_text())) or ""
-    rows = [_row(f"--config.{name}", repr(value)) for name, value in _flat(values)]
+    rows = [
+        _row(f"--config.{name}={value!r}", " ".join(filter(None, (f"({kind})", line))))
+        for name, value in _flat(values)
+        for kind, line in [about.get(name, (type(value).__name__, ""))]
+    ]
     return "\n".join(["", f"{path}:", "", doc, "", "settings, as this command has them:", *rows])
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -33,17 +32,27 @@ SHOWN, TILE = 40, 24  # tokens of a map in attention.png, and in heads.png
 
 @dataclass(frozen=True)
 class Settings:
-    """See experiments/sinks/configs/attention_map.py."""
+    """What is looked at.
 
-    job: str
-    name: str
-    model: str
-    text: str
-    texts: int
-    tokens: int
-    bos: bool
-    sinks: int
-    recent: int
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      text: "embedded", "python-topics", a file, or a folder of .txt files.
+      texts: stretches of text, taken at even distances from all of it.  tokens: tokens of each.
+      bos: whether each begins with the model's first token.
+      sinks: number of sinks S of the stream.
+      recent: number of recent tokens R of the stream; None takes all, which is dense attention.
+    """
+
+    job: str = "sinks_attention_map"
+    name: str = "attention_map"
+    model: str = "smollm2-135m"
+    text: str = "embedded"
+    texts: int = 16
+    tokens: int = 128
+    bos: bool = False
+    sinks: int = 0
+    recent: int | None = None
 
     def __post_init__(self):
         if self.texts < 1 or self.tokens < max(8, self.sinks + 2):
@@ -54,7 +63,7 @@ class Settings:
 
     @property
     def spec(self) -> CacheSpec:
-        return CacheSpec(self.sinks, self.recent or self.tokens)
+        return CacheSpec(self.sinks, self.tokens if self.recent is None else self.recent)
 
 
 @job()
@@ -81,7 +90,7 @@ def run(run: Run) -> int:
     np.savez_compressed(
         workdir / "maps.npz", **{k: v.astype(np.float32) for k, v in maps._asdict().items()}
     )
-    draw(maps, share_LH, workdir / "attention.png", _title(settings))
+    draw_maps(maps, share_LH, workdir / "attention.png", _title(settings))
     draw_heads(maps, workdir / "heads.png")
     metrics = {
         "first_token_share": share_LH.mean(),
@@ -121,11 +130,10 @@ def _title(settings: Settings) -> str:
     return f"{model}, {seen}, mean over {settings.texts} stretches of {settings.tokens} tokens"
 
 
-def draw(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
+def draw_maps(maps: Maps, share_LH: np.ndarray, path: Path, title: str) -> None:
     """The share of the first token per layer and head [L, H], and eight layers' maps, averaged over heads."""
     L = len(share_LH)
     figure = Figure(figsize=(13, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2.6)).flat
     ax = left.subplots()
@@ -159,7 +167,6 @@ def draw_heads(maps: Maps, path: Path) -> None:
     figure = Figure(
         figsize=(sheet.shape[1] / 40 + 0.6, sheet.shape[0] / 40 + 0.4), layout="constrained"
     )
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     ax.imshow(sheet, cmap="magma", norm=LogNorm(FAINTEST, 1), interpolation="nearest")
     ax.set_xticks(np.arange(H) * (n + 2) + n / 2, [*map(str, range(H))], fontsize=6)

@@ -19,49 +19,69 @@ import numpy as np
 
 from common.checkpoint import Checkpointer
 from common.config import ConfigError, build, check_choices
-from common.distributed import EXIT_PREEMPTED, PreemptionGuard
+from common.distributed import PreemptionGuard
 from common.plots import curves
-from common.results import config_hash, markdown_table, read_rows
-from common.writers import make_writer
-from common.writers import read_rows as read_metrics
-from experiments.shared.run import Run, job
+from common.results import ResultRow, config_hash, markdown_table, read_rows
+from common.train_loop import Preempted
+from common.writers import make_writer, read_metrics
+from experiments.shared.old_settings import as_before
+from experiments.shared.run import NOTHING, Run, job
 from experiments.sinks.inputs import open_model, read_documents
 from sinks import params, perplexity, stream, text
 from sinks.loading import Model
 from sinks.perplexity import Tally
-from sinks.policies import Cached, Policy, make_policy
+from sinks.policies import Cached, CachePolicy, make_policy
 
 log = logging.getLogger("triptych")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """See experiments/sinks/configs/perplexity.py."""
+    """A sweep over policies, cache sizes and sinks.
 
-    job: str
-    name: str
-    model: str
-    dtype: str
-    int8: bool
-    text: str
-    tokens: int
-    bos: bool
-    policies: tuple[str, ...]
-    cache_sizes: tuple[int, ...]
-    sinks: tuple[int, ...]
-    sample: int
-    block: int
-    chunk: int
-    save_every: int
-    seed: int
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      dtype: type of weights and cache; sums are float32.
+      int8: whether the ring is kept in 8 bits.
+      text: "embedded", a file, or a folder of .txt files, read in order of their names as one stream.
+      tokens: of the text, how many are read; None takes all.
+      bos: whether the model's first token stands before each document.
+      policies: names of sinks.policies.POLICIES.
+      cache_sizes: tokens in each cache, S + R.
+      sinks: numbers of sinks S.
+      sample: predictions per chunk of policy "recompute"; None takes all, at cache_size times the work.
+      block: tokens of a turn, of policy "evict_for_space": room is made for all of it; below cache_size - sinks.
+      chunk: tokens at a time; but for `sample`, no result depends on it.
+      save_every: chunks between checkpoints.
+      seed: seed of the places that `sample` takes.
+    """
+
+    job: str = "sinks_perplexity"
+    name: str = "perplexity"
+    model: str = "smollm2-135m"
+    dtype: str = "bfloat16"
+    int8: bool = False
+    text: str = "embedded"
+    tokens: int | None = None
+    bos: bool = True
+    policies: tuple[str, ...] = ("window", "sinks")
+    cache_sizes: tuple[int, ...] = (1024,)
+    sinks: tuple[int, ...] = (1, 2, 4, 8)
+    sample: int | None = None
+    block: int = 256
+    chunk: int = 1024
+    save_every: int = 32
+    seed: int = 0
 
     def __post_init__(self):
         check_choices(policies=self.policies, cache_sizes=self.cache_sizes, sinks=self.sinks)
-        if self.chunk < 1 or self.save_every < 1:
-            raise ValueError(f"chunk={self.chunk}, save_every={self.save_every}: at least 1")
+        for name in ("tokens", "sample", "chunk", "save_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value}: at least 1")
         list(self.sweep(10))  # refuses unknown policies and impossible sizes
 
-    def sweep(self, tokens: int) -> Iterator[tuple[str, Policy]]:
+    def sweep(self, tokens: int) -> Iterator[tuple[str, CachePolicy]]:
         """Every setting by name, such as "sinks 4+1020"."""
         spec = {"dtype": self.dtype, "int8": self.int8}
         for kind in self.policies:
@@ -89,28 +109,27 @@ def run(run: Run) -> int:
     documents = read_documents(settings.text)
     model = open_model(settings.model, settings.dtype)
     ids = text.tokens(model.tokenizer, documents, bos=settings.bos)
-    tokens = np.concatenate(ids)[: settings.tokens or None]
-    if len(tokens) < max(2, settings.tokens):
+    tokens = np.concatenate(ids)[: settings.tokens]
+    if len(tokens) < max(2, settings.tokens or 0):
         raise ConfigError(f"config.tokens={settings.tokens}: the text has {len(tokens)}")
     inputs = {
         "text_crc32": zlib.crc32(tokens.tobytes()),
         "weights_crc32": params.fingerprint(model.params),
     }
-    _check_inputs(run, inputs)
+    for folder, row in _done_rows(run):
+        _check_same(run, folder, row.metrics, inputs)
     run.begin(0)
     model = model._replace(params=stream.prepare(model.params, stacked=True))
     for name, policy in settings.sweep(len(tokens)):
         folder = workdir / name.replace(" ", "_")
-        if _is_done(run, name, folder):
+        if run.rows({}, folder, name=name, block=NOTHING):
+            log.info("%s: done before, see %s", name, folder / "result.json")
             continue
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
         with run.part(folder.name) as clock:
             found = _run_one(settings, run, name, policy, model, tokens, folder, inputs)
-        draw(workdir)
-        if found is None:
-            log.warning("%s: stopped; start the same command again to continue", name)
-            return EXIT_PREEMPTED
+        draw_perplexity(workdir)
         metrics = _metrics(*found) | {k: float(crc32) for k, crc32 in inputs.items()}
         if isinstance(policy, Cached):
             metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
@@ -124,26 +143,16 @@ def run(run: Run) -> int:
     return 0
 
 
-def _is_done(run: Run, name: str, folder: Path) -> bool:
-    """Whether a setting has its result. Raises ConfigError where that is of another config."""
-    for row in read_rows(folder / "results.jsonl"):
-        if not run.owns(row, part=True, name=name):
-            raise ConfigError(f"{folder} holds a result of another config: take another --workdir")
-        log.info("%s: done before, see %s", name, folder / "result.json")
-        return True
-    return False
-
-
-def _check_inputs(run: Run, inputs: dict[str, int]) -> None:
-    """Raises ConfigError where the table's rows are of a text or weights that have changed since under the same name."""
+def _done_rows(run: Run) -> Iterator[tuple[Path, ResultRow]]:
+    """Folder and result row of every setting that was measured with this config."""
     for name, folder in _settings_of(run.workdir).items():
         for row in read_rows(folder / "results.jsonl"):
-            if run.owns(row, part=True, name=name):
-                _check_same(run, folder, row.metrics, inputs)
+            if run.owns(row, part=True, name=name, block=NOTHING):
+                yield folder, row
 
 
 def _check_same(run: Run, folder: Path, saved: Mapping[str, Any], inputs: dict[str, int]) -> None:
-    """`saved` lacks what older versions did not write."""
+    """Raises ConfigError where a text or weights have changed under the same name since `saved`, which may lack them."""
     for key, setting in (("text_crc32", "text"), ("weights_crc32", "model")):
         if key in saved and saved[key] != inputs[key]:
             raise ConfigError(
@@ -152,32 +161,41 @@ def _check_same(run: Run, folder: Path, saved: Mapping[str, Any], inputs: dict[s
             )
 
 
+def _check_stream(
+    run: Run, folder: Path, saved: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError where the saved stream is not of this setting, config (or an older form of it) and length."""
+    values = {k: v for k, v in as_before(run.values).items() if k != "block"}
+    older = {**meta, "config": config_hash(values | {"save_every": 0})}
+    if {k: saved[k] for k in meta} not in (meta, older):
+        raise ConfigError(
+            f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
+        )
+
+
 def _run_one(
     settings: Settings,
     run: Run,
     name: str,
-    policy: Policy,
+    policy: CachePolicy,
     model: Model,
     tokens: np.ndarray,
     folder: Path,
     inputs: dict[str, int],
-) -> tuple[Tally, Tally, float] | None:
+) -> tuple[Tally, Tally, float]:
     """Streams the text under one policy: of all tokens, of those from a full cache, and seconds.
 
-    None: asked to stop, with the state saved.
+    Raises:
+      Preempted: asked to stop, with the state saved.
     """
     meta = {"setting": name, "config": run.part_hash, "tokens": len(tokens)}
-    former = config_hash({**run.values, "save_every": 0})  # as older versions had it
     folder.mkdir(parents=True, exist_ok=True)
     with Checkpointer(folder / "checkpoints") as saver, PreemptionGuard() as guard:
         first, state, tally, filled, seconds = 0, None, Tally(), Tally(), 0.0
         restored = saver.restore(jax.eval_shape(lambda: policy.init(model.config)))
         if restored is not None:
             state, saved = restored
-            if {k: saved[k] for k in meta} not in (meta, meta | {"config": former}):
-                raise ConfigError(
-                    f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
-                )
+            _check_stream(run, folder, saved, meta)
             _check_same(run, folder, saved, inputs)
             first, seconds = saved["place"], saved["seconds"]
             tally, filled = Tally(**saved["tally"]), Tally(**saved["filled"])
@@ -209,7 +227,8 @@ def _run_one(
                 saver.save(piece.next, piece.state, meta | inputs | progress | sums, wait=stop)
             if stop and piece.next < len(tokens) - 1:
                 writer.close()
-                return None
+                draw_perplexity(run.workdir)
+                raise Preempted(f"{name}: stopped at token {piece.next}; the state is saved")
         writer.close()
     return tally, filled, seconds
 
@@ -231,7 +250,7 @@ def _settings_of(workdir: Path) -> dict[str, Path]:
     return {path.parent.name.replace("_", " "): path.parent for path in found}
 
 
-def draw(workdir: Path) -> None:
+def draw_perplexity(workdir: Path) -> None:
     """perplexity.png: running perplexity, and each chunk's own, one line per setting."""
     rows: list[dict[str, float]] = []
     names = _settings_of(workdir)
@@ -248,12 +267,6 @@ def draw(workdir: Path) -> None:
 
 def write_table(run: Run) -> str:
     """table.md from the result rows of every setting that was measured with this config."""
-    rows = [
-        row
-        for name, folder in _settings_of(run.workdir).items()
-        for row in read_rows(folder / "results.jsonl")
-        if run.owns(row, part=True, name=name)
-    ]
     header = [
         "setting",
         "perplexity",
@@ -273,7 +286,7 @@ def write_table(run: Run) -> str:
             row.metrics["tokens_per_second"],
             row.metrics["cache_bytes"] / 1e6 if "cache_bytes" in row.metrics else None,
         ]
-        for row in rows
+        for _, row in _done_rows(run)
     ]
     table = markdown_table(header, cells)
     (run.workdir / "table.md").write_text(table)

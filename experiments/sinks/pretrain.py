@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
@@ -28,14 +27,14 @@ from common.data import (
     prefetch_to_device,
     train_batches,
 )
-from common.distributed import EXIT_PREEMPTED, require_same
+from common.distributed import require_same
 from common.mesh import MeshSpec, make_mesh
 from common.optim import OptimSpec
 from common.plots import COLORS, draw_curves
 from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
-from common.train_loop import NonFiniteLoss, Preempted, TrainSpec, train
-from common.writers import make_writer, read_rows
+from common.train_loop import TrainSpec, train
+from common.writers import make_writer, read_metrics
 from experiments.shared.learned_optim import optimizer_of
 from experiments.shared.run import Run, job
 from sinks import maps, perplexity, text
@@ -51,9 +50,17 @@ BYTES = 256  # the vocabulary
 
 @dataclass(frozen=True)
 class DataSettings:
-    text: str
-    length: int
-    held_out: float
+    """The text.
+
+    Attributes:
+      text: "python-topics", "embedded", a file, or a folder of .txt files; read as bytes.
+      length: bytes of a sample.
+      held_out: last part of each text, as a share of it, for evaluation.
+    """
+
+    text: str = "python-topics"
+    length: int = 256
+    held_out: float = 0.1
 
     def __post_init__(self):
         if self.length < 8 or not 0 < self.held_out < 1:
@@ -64,19 +71,34 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    width: int
-    depth: int
-    heads: int
-    mlp_dim: int
-    rope_fraction: float
+    """A GPT-NeoX.
+
+    Attributes:
+      width: of the residual stream.  depth: number of blocks.  heads: attention heads of a block.
+      mlp_dim: inner width of the MLP.
+      rope_fraction: share of a head's dimensions that are rotated.
+    """
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    mlp_dim: int = 768
+    rope_fraction: float = 0.25
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    cache_size: int
-    sinks: tuple[int, ...]
-    tokens: int
-    chunk: int
+    """How the trained models stream.
+
+    Attributes:
+      cache_size: tokens in the cache, S + R.  sinks: numbers of sinks S.
+      tokens: bytes of the held-out text that are streamed.  chunk: bytes at a time.
+    """
+
+    cache_size: int = 256
+    sinks: tuple[int, ...] = (0, 1, 2, 4)
+    tokens: int = 20_000
+    chunk: int = 512
 
     def __post_init__(self):
         check_choices(sinks=self.sinks)
@@ -86,17 +108,23 @@ class EvaluateSettings:
         return {f"{s}+{self.cache_size - s}": CacheSpec(s, self.cache_size - s) for s in self.sinks}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """See experiments/sinks/configs/pretrain.py."""
+    """Every setting of the job.
 
-    job: str
-    name: str
-    variants: tuple[str, ...]
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      variants: names of sinks.recipe.SINK_TOKENS, each a model of its own.
+      compute: type of the products' operands, "float32" or "bfloat16".
+    """
+
+    job: str = "sinks_pretrain"
+    name: str = "pretrain"
+    variants: tuple[str, ...] = ("vanilla", "zero", "logit", "token")
     data: DataSettings
     model: ModelSettings
     optim: OptimSpec
-    compute: str
+    compute: str = "float32"
     train: TrainSpec
     mesh: MeshSpec
     evaluate: EvaluateSettings
@@ -160,14 +188,7 @@ def run(run: Run) -> int:
             settings.data.length,
             settings.train.steps,
         )
-        try:
-            params = _train(recipe, settings, mesh, samples, workdir / name)
-        except Preempted as stop:
-            log.warning("%s; start the same command again to continue", stop)
-            return EXIT_PREEMPTED
-        except NonFiniteLoss as error:
-            log.error("error: %s", error)
-            return 1
+        params = _train(recipe, settings, mesh, samples, workdir / name)
         log.info(
             "%s: streaming %d bytes of held-out text",
             name,
@@ -181,7 +202,7 @@ def run(run: Run) -> int:
         return 0
     header = ("variant", *found)
     (workdir / "table.md").write_text(markdown_table(header, table))
-    draw(workdir, list(recipes), metrics, list(settings.evaluate.specs()))
+    draw_variants(workdir, list(recipes), metrics, list(settings.evaluate.specs()))
     log.info("perplexity per byte of held-out text\n%s", markdown_table(header, table))
     log.info("seconds: %s", ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
     row = run.row(
@@ -274,13 +295,14 @@ def measure(
     return found
 
 
-def draw(workdir: Path, names: list[str], metrics: Mapping[str, float], specs: list[str]) -> None:
+def draw_variants(
+    workdir: Path, names: list[str], metrics: Mapping[str, float], specs: list[str]
+) -> None:
     """Training loss, and perplexity against the number of sinks that the stream keeps, for every variant."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for name, color in zip(names, COLORS * len(names)):
-        rows = [row for row in read_rows(workdir / name / "metrics.jsonl") if "loss" in row]
+        rows = [row for row in read_metrics(workdir / name / "metrics.jsonl") if "loss" in row]
         left.plot(
             [row["step"] for row in rows],
             [row["loss"] for row in rows],

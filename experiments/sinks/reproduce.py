@@ -4,14 +4,12 @@ Dense attention, window attention, a sample of re-computation, and 1, 2, 4, 8 si
 Table 2. Every policy predicts the same tokens; perplexities are of those predicted from a full cache.
 """
 
-import csv
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -20,14 +18,14 @@ from rich.table import Table
 import sinks
 from common.plots import COLORS, GREY, INK
 from common.progress import draws_bars
+from experiments.shared.published import published
 from experiments.shared.run import Run
 from sinks import perplexity, stream, text
 from sinks.loading import Model
 from sinks.perplexity import Tally
-from sinks.policies import Policy, make_policy
+from sinks.policies import CachePolicy, make_policy
 
 log = logging.getLogger("triptych")
-PAPER = Path(__file__).with_name("published_table2.csv")
 CACHE, CHUNK, SINKS = 256, 512, (1, 2, 4, 8)
 
 
@@ -66,12 +64,12 @@ def _run(run: Run) -> int:
         metrics = {f"{k}/{name}": v for name, r in results.items() for k, v in r.items()}
         run.finish(run.row(metrics, seeds=[0], steps=tokens, dtype="bfloat16"))
     show(results)
-    draw(results, workdir / "quick.png")
+    draw_effects(results, workdir / "quick.png")
     log.info("drew %s", workdir / "quick.png")
     return 0
 
 
-def settings(tokens: int, sample: int) -> dict[str, Policy]:
+def settings(tokens: int, sample: int) -> dict[str, CachePolicy]:
     """The policies, by the names of the table's rows."""
     bf16: dict[str, Any] = {"dtype": "bfloat16"}
     policies = {"dense": make_policy("dense", cache_size=tokens, **bf16)}
@@ -128,9 +126,9 @@ def summarize(nll: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def paper() -> dict[str, list[float]]:
     """Table 2 of the paper: model -> perplexities with 0, 1, 2, 4, 8 sinks."""
     models: dict[str, list[float]] = {}
-    with open(PAPER) as file:
-        for row in csv.DictReader(file):
-            models.setdefault(row["model"], []).append(float(row["perplexity"]))
+    for row in published("sinks"):
+        if row.table == "Table 2":
+            models.setdefault(row.what, []).append(float(row.value))
     return models
 
 
@@ -158,10 +156,9 @@ def show(results: dict[str, dict[str, float]]) -> None:
     console.print(table)
 
 
-def draw(results: dict[str, dict[str, float]], path: Path) -> None:
+def draw_effects(results: dict[str, dict[str, float]], path: Path) -> None:
     """Left: our policies. Right: what window attention costs against 4 sinks, beside the paper's models."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
     names = list(results)
     values = [results[name]["perplexity"] for name in names]

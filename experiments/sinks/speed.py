@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.progress import track
 
@@ -37,17 +36,28 @@ POLICIES = ("window", "sinks", "sinks_int8", "recompute")
 
 @dataclass(frozen=True)
 class Settings:
-    """See experiments/sinks/configs/speed.py."""
+    """What is measured.
 
-    job: str
-    name: str
-    model: str
-    dtype: str
-    batch: int
-    sinks: int
-    cache_sizes: tuple[int, ...]
-    policies: tuple[str, ...]
-    tokens: int
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      dtype: type of weights and cache.
+      batch: streams side by side.
+      sinks: number of sinks S.
+      cache_sizes: tokens in each cache, S + R.
+      policies: "window", "sinks", "sinks_int8" or "recompute".
+      tokens: tokens timed of each, or ten seconds of them; medians are reported.
+    """
+
+    job: str = "sinks_speed"
+    name: str = "speed"
+    model: str = "smollm2-135m"
+    dtype: str = "float32"
+    batch: int = 1
+    sinks: int = 4
+    cache_sizes: tuple[int, ...] = (256, 512, 1024, 2048)
+    policies: tuple[str, ...] = POLICIES
+    tokens: int = 20
 
     def __post_init__(self):
         check_choices(policies=self.policies, cache_sizes=self.cache_sizes)
@@ -106,7 +116,7 @@ def run(run: Run) -> int:
     table = markdown_table(header, rows)
     (workdir / "table.md").write_text(table)
     log.info("ms per token of %d streams, and the cache's bytes:\n%s", settings.batch, table)
-    draw(settings, ms, workdir / "speed.png")
+    draw_speed(settings, ms, workdir / "speed.png")
     run.finish(run.row(metrics, seeds=[0], steps=len(sweep), dtype=settings.dtype))
     return 0
 
@@ -153,10 +163,9 @@ def _median(step: Callable[[], None], n: int) -> float:
     return statistics.median(times)
 
 
-def draw(settings: Settings, ms: dict[tuple[str, int], float], path: Path) -> None:
+def draw_speed(settings: Settings, ms: dict[tuple[str, int], float], path: Path) -> None:
     """Milliseconds per token against the cache's size, both logarithmic."""
     figure = Figure(figsize=(4.6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     for policy, color in zip(settings.policies, COLORS):
         values = [ms[policy, size] for size in settings.cache_sizes]

@@ -48,8 +48,8 @@ def decode(results: Path) -> str:
                 )
             )
     note = (
-        f"SmolLM2-135M at 4+1020, tokens a second (row `{row.id}`); ratio: to transformers' best in the same run; "
-        "far: at token 1,000,000 instead of 10,000; limit: reading the weights and the cache once for every token, at "
+        f"SmolLM2-135M at 4+1020, tokens a second (row `{row.id}`). Ratio: to transformers' best in the same run. "
+        "Far: at token 1,000,000 instead of 10,000. Limit: reading the weights and the cache once for every token, at "
         "the measured copy rate."
     )
     return section("Speed", note, ("what", "tokens/s", "ratio", "of the memory limit"), lines)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.config import ConfigError, build, check_choices
 from common.plots import COLORS
 from common.results import markdown_table
-from common.writers import complete_lines
+from common.writers import complete_lines, write_whole
 from experiments.shared.run import Run, job
 from experiments.sinks.inputs import open_model
 from sinks import stream, tasks
@@ -32,17 +31,27 @@ POLICIES = ("sinks", "window", "alone")
 
 @dataclass(frozen=True)
 class Settings:
-    """What both jobs have; see experiments/sinks/configs/streameval.py and qa_stream.py."""
+    """What both jobs have.
+
+    Attributes:
+      job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
+      model: a name, a .gguf file, a safetensors folder or owner/name.
+      policies: "sinks" or "window"; of questions also "alone".
+      cache_sizes: tokens in each cache, S + R.  sinks: number of sinks S.
+      samples: streams, each with a text or an order of its own.
+      chunk: tokens at a time.
+      seed: seed of the streams.
+    """
 
     job: str
     name: str
-    model: str
-    policies: tuple[str, ...]
-    cache_sizes: tuple[int, ...]
-    sinks: int
-    samples: int
-    chunk: int
-    seed: int
+    model: str = "smollm2-135m"
+    policies: tuple[str, ...] = ("sinks", "window")
+    cache_sizes: tuple[int, ...] = (512, 1024)
+    sinks: int = 4
+    samples: int = 1
+    chunk: int = 512
+    seed: int = 0
 
     def __post_init__(self):
         check_choices(policies=self.policies, cache_sizes=self.cache_sizes)
@@ -68,17 +77,40 @@ class Settings:
 
 @dataclass(frozen=True)
 class StreamEvalSettings(Settings):
-    queries: int
-    every: int
-    distances: tuple[int, ...]
-    digits: int
-    keys: str
+    """See sinks.tasks.StreamEval.
+
+    Attributes:
+      queries: questions in each text.  every: lines between two questions.
+      distances: how many lines back is asked for, in turn.
+      digits: of a register's value.
+      keys: what registers are called by, "names" or "lines".
+    """
+
+    job: str = "sinks_streameval"
+    name: str = "streameval"
+    samples: int = 2
+    queries: int = 60
+    every: int = 4
+    distances: tuple[int, ...] = (1, 2, 5, 10, 20, 40)
+    digits: int = 3
+    keys: str = "names"
 
 
 @dataclass(frozen=True)
 class QASettings(Settings):
-    questions: str
-    count: int
+    """Multiple-choice questions.
+
+    Attributes:
+      questions: "embedded", or a JSONL file, ARC's own among them.
+      count: questions in each stream.
+    """
+
+    job: str = "sinks_qa_stream"
+    name: str = "qa_stream"
+    policies: tuple[str, ...] = ("alone", "sinks", "window")
+    cache_sizes: tuple[int, ...] = (256, 1024)
+    questions: str = "embedded"
+    count: int = 148
 
 
 Texts = list[tuple[np.ndarray, tuple[tasks.Answer, ...]]]  # token ids and answers
@@ -131,11 +163,9 @@ def _run(s: Settings, run: Run, make: Callable[[bool], list[tasks.Task]], kinds:
         texts = [tasks.tokenize(model.tokenizer, task) for task in make(spec is None)]
         log.info("%s: %d tokens; compiling ...", name, sum(len(ids) for ids, _ in texts))
         rows.append({"policy": name} | _answer(model, spec, texts, s.chunk, name))
-        scratch = workdir / "rows.jsonl.part"
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        scratch.replace(workdir / "rows.jsonl")
+        write_whole(workdir / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     rows = [row for name in s.runs() for row in rows if row["policy"] == name]
-    draw(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
+    draw_accuracy(rows, workdir / "accuracy.png", f"{s.name}, {Path(s.model).name}", kinds)
     metrics = {f"accuracy/{row['policy']}": row["right"] / row["asked"] for row in rows}
     for row in rows:
         metrics |= {f"accuracy/{row['policy']}/{k}": n / of for k, (n, of) in row["kinds"].items()}
@@ -196,10 +226,9 @@ def _table_row(row: dict[str, Any]) -> tuple:
     return row["policy"], right, asked, *percent, round(row["tokens"] / row["seconds"])
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path, title: str, kinds: str) -> None:
+def draw_accuracy(rows: Sequence[dict[str, Any]], path: Path, title: str, kinds: str) -> None:
     """Accuracy of every policy: against the kind of question where there are several, else as bars."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     several = max(len(row["kinds"]) for row in rows) > 1
     for x, (row, color) in enumerate(zip(rows, COLORS * len(rows))):

@@ -16,7 +16,7 @@ from common.metrics import mean
 from common.sharding import batch_sharding
 from common.state import abstract_with_shardings, state_shardings
 from common.train_loop import TrainSpec, train
-from common.writers import JsonlWriter, read_rows
+from common.writers import JsonlWriter, read_metrics
 
 BATCH, WIDTH = 8, 4
 
@@ -115,7 +115,7 @@ def run(workdir, steps, *, recipe=Line(), data=batches, evals=None, meta=None, *
 
 def rows(workdir):
     clock = ("wall", "images_per_second")
-    found = read_rows(workdir / "metrics.jsonl")
+    found = read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in clock} for row in found]
 
 

@@ -14,8 +14,11 @@ from common.augment import (
     RandomResizedCrop,
     color_distortion,
     crop_box,
+    crop_boxes,
+    crop_on_device,
     normalize,
     random_resized_crop,
+    resize_boxes,
 )
 
 
@@ -76,6 +79,52 @@ def test_a_full_crop_is_pils_antialiased_bilinear_resize():
     expected = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR))
     got = random_resized_crop(image, rng(), 32, (1.0, 1.0), (1.0, 1.0))
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_the_device_cuts_pils_pixels_out_of_a_given_box(size):
+    height, width = 40, 56
+    images = np.stack([photo(height, width, i) for i in range(24)])
+    corners = np.sort(rng().integers(0, (width, height), (22, 2, 2)), axis=1)
+    corners[:, 1] += 1
+    boxes = np.concatenate([corners.reshape(-1, 4), [[0, 0, width, height], [3, 5, 4, 6]]])
+    flips = np.arange(len(boxes)) % 3 == 0
+    got = jax.jit(resize_boxes, static_argnums=3)(images, boxes.astype(np.float32), flips, size)
+    for image, box, flip, found in zip(images, boxes.tolist(), flips, np.asarray(got)):
+        crop = Image.fromarray(image).crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        expected = np.asarray(crop)[:, ::-1] if flip else np.asarray(crop)
+        apart = np.abs(found.astype(int) - expected)
+        assert apart.max() <= 2 and apart.mean() < 0.3, box
+
+
+@pytest.mark.parametrize(
+    ("size", "scale"), [((32, 32), (0.3, 1.0)), ((56, 24), (0.6, 1.0)), ((400, 30), (0.9, 1.0))]
+)
+def test_boxes_of_the_device_are_distributed_as_the_hosts(size, scale):
+    n, ratio = 8000, (3 / 4, 4 / 3)
+    generator = rng()
+    want = np.array([crop_box(size, generator, scale, ratio) for _ in range(n)])
+    u = jax.random.uniform(jax.random.key(1), (n, 10, 4))
+    got = np.asarray(jax.jit(crop_boxes, static_argnums=(0, 2, 3))(size, u, scale, ratio))
+    assert (got == got.astype(int)).all()
+    ours, theirs = ((b[:, 2:] - b[:, :2], b[:, :2]) for b in (got, want))
+    for a, b in zip((*ours[0].T, *ours[1].T), (*theirs[0].T, *theirs[1].T)):
+        values = np.union1d(a, b)
+        apart = [(a <= v).mean() - (b <= v).mean() for v in values]
+        assert np.abs(apart).max() < 1.95 * (2 / n) ** 0.5  # Kolmogorov and Smirnov, at .001
+
+
+def test_the_device_crops_each_image_by_its_own_key_and_flips_half():
+    images = np.stack([photo(12, 12, i) for i in range(200)])
+    keys = jax.random.split(jax.random.key(0), len(images))
+    whole = RandomResizedCrop(12, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=True)
+    crop = jax.jit(crop_on_device, static_argnums=0)
+    got = np.asarray(crop(whole, images, keys))
+    as_it_was, mirrored = ((got == x).all((1, 2, 3)) for x in (images, images[:, :, ::-1]))
+    assert (as_it_was | mirrored).all() and 70 < mirrored.sum() < 130
+    part = RandomResizedCrop(8)
+    alone = crop(part, images[5:7], keys[5:7])
+    np.testing.assert_array_equal(crop(part, images, keys)[5:7], alone)
 
 
 def test_the_same_generator_state_gives_the_same_image():

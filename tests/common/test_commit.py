@@ -14,9 +14,9 @@ from common.commit import find_commit
 def checkout(tmp_path, monkeypatch):
     """(folder of a repository that tracks the code, function that calls git in it)."""
     folder = tmp_path / "checkout"
-    (folder / "common").mkdir(parents=True)
-    (folder / "common" / "commit.py").touch()
-    (folder / "LOG.md").touch()
+    for file in ("common/commit.py", "jepa/__init__.py", "experiments/jepa/__init__.py", "LOG.md"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
     monkeypatch.setattr(commit, "HERE", folder / "common" / "commit.py")
 
     def git(*args):

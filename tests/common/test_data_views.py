@@ -50,7 +50,9 @@ def test_a_part_lies_in_every_larger_one_and_repeats_nothing():
 def test_all_of_a_source_is_the_source():
     source = numbered(5)
     assert (
-        subset(source, 0) is source and subset(source, 5) is source and subset(source, 9) is source
+        subset(source, None) is source
+        and subset(source, 5) is source
+        and subset(source, 9) is source
     )
     assert len(subset(numbered(1), 1)) == 1
     with pytest.raises(ValueError, match="n=-1"):

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.metrics import compute, mean, total
+from common.metrics import compute, mean, sum_metrics
 
 ROWS = st.lists(st.tuples(st.integers(-1000, 1000), st.sampled_from("ab ")), min_size=8, max_size=8)
 
 
 def _sum(*parts):
     """The parts' metrics, stacked as a scan would, and added up."""
-    return total(jax.tree.map(lambda *x: jnp.stack(x), *parts))
+    return sum_metrics(jax.tree.map(lambda *x: jnp.stack(x), *parts))
 
 
 @settings(deadline=None)  # the first example compiles
@@ -57,7 +57,7 @@ def test_microbatches_accumulate_in_a_scan():
         def body(_, part):
             return None, {"loss": mean(*part), "ones": mean(1.0, part[1].sum())}
 
-        return total(jax.lax.scan(body, None, (values, weights))[1])
+        return sum_metrics(jax.lax.scan(body, None, (values, weights))[1])
 
     expected = float((values * weights).sum() / weights.sum())
     assert compute(accumulated(values, weights)) == pytest.approx({"loss": expected, "ones": 1.0})

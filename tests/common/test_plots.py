@@ -55,8 +55,7 @@ def test_groups_choose_panels_and_order_and_name_their_lines(tmp_path, figures):
 def test_labels_of_lines_that_end_together_do_not_overlap(tmp_path, figures):
     rows = [{"step": s, "a": s, "b": s + 0.01, "c": s + 0.02} for s in range(10)]
     curves(rows, tmp_path / "c.png", {"all": ["a", "b", "c"]})
-    renderer = figures[0].canvas.get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in figures[0].axes[0].texts]
+    boxes = [text.get_window_extent() for text in figures[0].axes[0].texts]
     boxes.sort(key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 + 1 for low, high in itertools.pairwise(boxes))
 

@@ -1,4 +1,4 @@
-"""Schedules reach exactly what was asked for, at the updates where the released code reaches it (ijepa spec 1.6)."""
+"""Schedules reach exactly what was asked for, at the updates where the released code does (docs/papers/ijepa.md 1.6)."""
 
 import jax
 import numpy as np

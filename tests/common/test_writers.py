@@ -14,7 +14,7 @@ import pytest
 
 from common import writers
 from common.config import ConfigError
-from common.writers import ConsoleWriter, JsonlWriter, MultiWriter, make_writer, read_rows
+from common.writers import ConsoleWriter, JsonlWriter, MultiWriter, make_writer, read_metrics
 
 
 class Terminal(io.StringIO):
@@ -43,13 +43,13 @@ def train(path, steps):
 
 
 def curve(path):
-    return [(row["step"], row["loss"]) for row in read_rows(path)]
+    return [(row["step"], row["loss"]) for row in read_metrics(path)]
 
 
 def test_rows_come_back_as_written_with_the_time(tmp_path):
     writer = JsonlWriter(tmp_path / "deep" / "metrics.jsonl")
     writer.write(3, {"loss": 0.25, "knn/top1": 0.5})
-    (row,) = read_rows(writer.path)  # readable before close
+    (row,) = read_metrics(writer.path)  # readable before close
     wall = row.pop("wall")
     assert row == {"step": 3, "loss": 0.25, "knn/top1": 0.5}
     assert wall > 1.6e9
@@ -79,7 +79,7 @@ def test_non_finite_numbers_are_strict_json_and_come_back_as_floats(tmp_path):
         raise AssertionError(f"{constant} is not JSON")
 
     json.loads(writer.path.read_text(), parse_constant=refuse)
-    (row,) = read_rows(writer.path)
+    (row,) = read_metrics(writer.path)
     assert math.isnan(row["a"]) and row["b"] == math.inf and row["c"] == -math.inf
 
 
@@ -135,7 +135,7 @@ def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\noops\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2 .*oops"):
-        read_rows(path)
+        read_metrics(path)
 
 
 def test_a_bucket_is_refused_with_a_reason():
@@ -339,5 +339,5 @@ def test_only_process_0_touches_the_files(tmp_path, monkeypatch, capsys):
     writer = make_writer(tmp_path, 10, restored_step=3)
     writer.write(4, {"loss": 7.0})
     writer.close()
-    assert len(read_rows(tmp_path / "metrics.jsonl")) == 6
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
     assert capsys.readouterr().out == ""

@@ -19,8 +19,13 @@ SWEEPS = {
 }
 
 
+def smoke(config):
+    paper, name = config.split(".")
+    return importlib.import_module(f"experiments.{paper}.configs.{name}").get_config("smoke")
+
+
 def refusal(config, setting, values, tmp_path):
-    made = importlib.import_module(f"experiments.configs.{config}").get_config("smoke")
+    made = smoke(config)
     made.update_from_flattened_dict({setting: values})
     with pytest.raises(ConfigError) as refused:
         find(made.job)(Run(made.to_dict(), tmp_path / "run"))
@@ -34,8 +39,7 @@ def refusal(config, setting, values, tmp_path):
 def test_an_empty_list_and_a_repetition_are_refused(config, setting, tmp_path):
     name = setting.rpartition(".")[2]
     assert f"{name}=(): give at least one" in refusal(config, setting, (), tmp_path)
-    made = importlib.import_module(f"experiments.configs.{config}").get_config("smoke")
-    first = made.to_dict()
+    first = smoke(config).to_dict()
     for key in setting.split("."):
         first = first[key]
     twice = (*first, first[0])

@@ -53,7 +53,7 @@ def test_a_narrow_terminal_cuts_no_number(tmp_path, monkeypatch, capsys, width, 
             workdir(tmp_path / f"seed{r}" / "[a]_long_name_of_a_run", [{"step": 100000, **row}])
         )
     monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(compare, "draw", lambda *args: None)
+    monkeypatch.setattr(compare, "draw_comparison", lambda *args: None)
     assert main([*map(str, paths), f"--out={tmp_path / 'out.png'}"]) == 0
     said = capsys.readouterr().out
     lines = said.splitlines()[:-1]

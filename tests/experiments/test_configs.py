@@ -15,7 +15,7 @@ from experiments.sinks.configs import perplexity
 CONFIGS = sorted(
     name for _, name, _ in pkgutil.iter_modules(folder.__path__) if name not in ("base", "released")
 )
-RELEASED = {  # parameters in millions, ijepa spec 1.3 and 1.4: encoder, predictor
+RELEASED = {  # parameters in millions, docs/papers/ijepa.md 1.3 and 1.4: encoder, predictor
     "in1k_vith14": (630.43, 22.28),
     "in1k_vith16_448": (630.66, 22.28),
     "in22k_vith14": (630.43, 22.28),
@@ -50,7 +50,7 @@ def test_smoke_leaves_what_the_argument_says(name):
     else:
         values = config(name, "smoke,epochs=2,seed=3")
         train = values["train"]
-        assert (train["epochs"], train["steps"], train["seed"]) == (2.0, 0, 3)
+        assert (train["epochs"], train["steps"], train["seed"]) == (2.0, None, 3)
         assert resolve(values, 80).train.steps == 20
 
 
@@ -62,8 +62,9 @@ def test_smoke_of_perplexity_leaves_what_the_argument_says():
     assert perplexity.get_config("smoke").cache_sizes == (16,)
 
 
+# The smoke of every released recipe has the same sizes: one of them stands for all.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "scenes", "in1k_vith14"])
 def test_smoke_trains_three_steps(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *a: jax.local_devices()[:1])
     values = config(name, "smoke")

@@ -1,18 +1,14 @@
-"""The notebooks' cells and the README's examples run, in order, on small settings."""
+"""The notebooks' cells run, in order, on small settings."""
 
 import json
-import re
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import optax
 import pytest
 
-import metaopt
 import sinks
-from sinks import loading, stream
-from sinks.cache import CacheSpec
+from sinks import loading
 from tests.sinks.checkpoints import byte_level_folder
 
 ROOT = Path(__file__).parents[2]
@@ -61,18 +57,3 @@ def test_notebook_runs(name, tiny_model):
         assert space["values"].keys() >= {"learning_rate", "weight_decay", "b1"}
     if name == "sinks":
         assert int(space["drawn"].cache.length[0]) >= 32 + 100
-
-
-def test_the_readmes_examples_run(tiny_model):
-    space = {
-        "metaopt": metaopt, "learn": metaopt.learn, "optax": optax, "sinks": sinks, "stream": stream,
-        "CacheSpec": CacheSpec, "text": "Well, Prince",
-    }  # fmt: skip
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), space)
-    params = {"w": np.ones(3, np.float32)}
-    updates, _ = space["optimizer"].update(params, space["optimizer"].init(params), params)
-    assert np.all(np.asarray(updates["w"]) < 0)
-    assert space["logits"].shape == (1, space["config"].vocab_size)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.distributed import EXIT_PREEMPTED
-from common.writers import read_rows
+from common.writers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 40, 5
@@ -90,7 +90,7 @@ def undisturbed(launch, tmp_path_factory):
 
 def rows(workdir):
     clock = ("wall", "images_per_second")
-    found = read_rows(workdir / "metrics.jsonl")
+    found = read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in clock} for row in found]
 
 
@@ -108,7 +108,7 @@ def wait_for_row(child, workdir, step) -> None:
     deadline = time.monotonic() + TIMEOUT
     while child.poll() is None and time.monotonic() < deadline:
         path = workdir / "metrics.jsonl"
-        if path.exists() and any(row["step"] >= step for row in read_rows(path)):
+        if path.exists() and any(row["step"] >= step for row in read_metrics(path)):
             return
         time.sleep(0.005)
     assert child.poll() is None, workdir.with_suffix(".err").read_text()
@@ -135,9 +135,6 @@ def test_sigkill_at_any_moment_leaves_no_trace(launch, undisturbed, tmp_path):
     result = json.loads((workdir / "result.json").read_text())
     assert result["wall_seconds"] > spent > 0 and result["changes"] == []
     assert {"compile", "input", "step", "save"} <= result["seconds"].keys()
-    before = (workdir / "results.jsonl").read_bytes()
-    assert "done before" in finish(launch, workdir)
-    assert (workdir / "results.jsonl").read_bytes() == before
     assert saved_steps(workdir)[-1] == STEPS
     left = [path.name for path in (workdir / "checkpoints").iterdir() if not path.name.isdigit()]
     assert left == [], "temporary directories of killed runs"

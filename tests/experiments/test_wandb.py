@@ -1,7 +1,5 @@
 """The config says what W&B is told: its project, and every setting."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from experiments.jepa.pretrain import _wandb
@@ -10,7 +8,7 @@ from experiments.jepa.settings import WriterSettings
 
 @pytest.mark.parametrize(
     ("setting", "variable", "project"),
-    [("", None, "triptych"), ("", "team", "team"), ("mine", "team", "mine")],
+    [(None, None, "triptych"), (None, "team", "team"), ("mine", "team", "mine")],
 )
 def test_the_project_is_a_setting_or_a_variable(monkeypatch, setting, variable, project):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -18,11 +16,11 @@ def test_the_project_is_a_setting_or_a_variable(monkeypatch, setting, variable, 
         monkeypatch.setenv("WANDB_PROJECT", variable)
     writers = WriterSettings(tensorboard=False, wandb=True, wandb_project=setting)
     values = {"optim": {"lr": 1.0}}
-    assert _wandb(SimpleNamespace(writers=writers, values=values)) == {
+    assert _wandb(writers, values) == {
         "project": project,
         "config": values,
     }
 
 
 def test_without_it_nothing_is_told():
-    assert _wandb(SimpleNamespace(writers=WriterSettings(False, False), values={})) is None
+    assert _wandb(WriterSettings(), {}) is None

@@ -1,4 +1,4 @@
-"""I-JEPA in float64 NumPy, written from the paper's specification alone (ijepa spec 1.0 to 1.4).
+"""I-JEPA in float64 NumPy, written from the paper's description alone (docs/papers/ijepa.md 1.0 to 1.4).
 
 It reads our parameter trees and shares no code with the package: one image, one sequence and one
 head at a time, with no padding. A padded batch is given as the lists of its valid indices.

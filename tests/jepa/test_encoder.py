@@ -111,7 +111,7 @@ def test_an_image_of_another_size_is_refused():
 
 
 def test_init_statistics():
-    """Every kernel N(0, .02^2), biases 0, scales 1, no two layers alike (spec 1.5)."""
+    """Every kernel N(0, .02^2), biases 0, scales 1, no two layers alike (docs/papers/ijepa.md 1.5)."""
     config = vit("tiny", image=32, patch=4, depth=2, predictor_depth=2)
     for module in (Encoder(config), Predictor(config)):
         params = jax.jit(module.init)(jax.random.key(0))
@@ -151,7 +151,7 @@ def test_depth_rescale_divides_output_projections_only(module):
 
 @pytest.mark.parametrize(
     "size, patch, encoder, predictor",
-    [  # spec 1.3 and 1.4, in millions; our tiny and small have narrower predictors
+    [  # docs/papers/ijepa.md 1.3 and 1.4, in millions; our tiny and small have narrower predictors
         ("tiny", 16, 5.49, None),
         ("small", 16, 21.59, None),
         ("base", 16, 85.65, 11.24),

@@ -178,7 +178,7 @@ def test_the_same_in_groups(monkeypatch, spec):
 
     def value_and_gradient():
         got = jax.value_and_grad(loss_of(spec), argnums=(0, 1), has_aux=True)
-        return got(PARAMS, TARGET, BATCH, jax.random.key(0))
+        return jax.jit(got)(PARAMS, TARGET, BATCH, jax.random.key(0))
 
     def loops():
         value = jax.make_jaxpr(lambda p: loss_of(spec)(p, TARGET, BATCH)[0])(PARAMS)
@@ -214,7 +214,7 @@ def recipe(**changes):
 
 
 def test_the_target_is_the_exponential_average_of_the_encoder():
-    """target <- m target + (1 - m) encoder, with m linear from .996 to 1 over the run (spec 1.6)."""
+    """target <- m target + (1 - m) encoder, with m linear from .996 to 1 over the run (docs/papers/ijepa.md 1.6)."""
     ijepa = recipe()
     encoder = {"kernel": np.array([1.0, 2.0], np.float32)}
     target = np.array([3.0, -1.0])

@@ -31,7 +31,7 @@ Z_BCD = np.random.default_rng(2).standard_normal((*MASKS[0].shape, CONFIG.width)
 predict = jax.jit(PREDICTOR.__call__)
 
 
-@pytest.mark.parametrize("heads", [4, 0], ids=["own heads", "the encoder's heads"])
+@pytest.mark.parametrize("heads", [4, None], ids=["own heads", "the encoder's heads"])
 def test_matches_the_reference(heads):
     config = replace(CONFIG, predictor_width=24, predictor_heads=heads)
     predictor = Predictor(config, FLOAT32)

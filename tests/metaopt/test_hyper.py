@@ -51,7 +51,7 @@ def test_towers_of_any_height(height):
 
 
 def test_a_tower_equals_its_levels_written_out():
-    """SGD / SGD / SGD with raw rates, against the paper's recursion (spec 1.2) in ten lines."""
+    """SGD / SGD / SGD with raw rates, against the paper's recursion (docs/papers/gdtuo.md 1.2) in ten lines."""
     with float64():
         raw = lambda v: learn(v, bijector="raw")  # noqa: E731
         top = hyper(optax.sgd, learning_rate=raw(0.02), by=optax.sgd(0.03), guards=None)

@@ -11,7 +11,7 @@ from common.data import LoaderSpec, array_source, prefetch_to_device, train_batc
 from common.mesh import MeshSpec, make_mesh
 from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import TrainSpec, train
-from common.writers import make_writer, read_rows
+from common.writers import make_writer, read_metrics
 from experiments.shared.run import Run
 from experiments.sinks import pretrain as sinks_pretrain
 from experiments.sinks.configs.pretrain import get_config
@@ -74,7 +74,7 @@ def train_ijepa(sizes, workdir, devices=None):
             meta={},
         )
     params = jax.tree.leaves(to_host(state.params))
-    losses = [row["loss"] for row in read_rows(workdir / "metrics.jsonl")]
+    losses = [row["loss"] for row in read_metrics(workdir / "metrics.jsonl")]
     return losses, [float(np.abs(p).sum()) for p in params]
 
 

@@ -21,7 +21,7 @@ def cosine(start, final, progress):
 
 def test_twenty_steps_agree_with_torch():
     """Two groups (kernels decay, biases and scales do not), learning rate and decay set before each step from a count
-    that is raised before it is read (ijepa spec 1.6)."""
+    that is raised before it is read (docs/papers/ijepa.md 1.6)."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": (6, 5), "bias": (5,), "scale": (5,), "mask_token": (6,)}
     params = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}

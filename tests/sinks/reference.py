@@ -1,4 +1,6 @@
-"""StreamingLLM written straight from the paper (spec 1.2): one token at a time, concatenate, rotate by slot, slice.
+"""StreamingLLM written straight from the paper: one token at a time, concatenate, rotate by slot, slice.
+
+The step is that of docs/papers/streamingllm.md 1.2, evict_for_space that of 1.3.
 
 NumPy, float64, one stream. It shares no code with sinks/ but the names of the parameters.
 """

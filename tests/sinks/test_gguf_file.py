@@ -180,7 +180,7 @@ def q5_k(block):
 
 
 def q6_k(block):
-    """256 values: 128 bytes of low nibbles, 64 of high pairs, 16 int8 scales, fp16 scale (spec 7)."""
+    """256 values: 128 bytes of low nibbles, 64 of high pairs, 16 int8 scales, fp16 scale (docs/papers/streamingllm.md 7)."""
     d = half(block, 208)
     scales = np.frombuffer(bytes(block[192:208]), np.int8)
     values = []

@@ -89,7 +89,7 @@ def weights(template, tokenizer=BYTES):
 
 
 def dialog(template, system="", tokenizer=BYTES):
-    return templates.begin(weights(template, tokenizer), system, NOW)
+    return templates.new_dialog(weights(template, tokenizer), system, NOW)
 
 
 def fed(talk, answers=ANSWERS):

@@ -1,4 +1,4 @@
-"""What the four released ImageNet recipes have in common (ijepa spec 1.8): not a config by itself."""
+"""What the four released ImageNet recipes have in common (docs/papers/ijepa.md 1.8): not a config by itself."""
 
 from common.config import parse_arg
 from experiments.jepa.configs.base import base, smoke
@@ -31,5 +31,5 @@ def released(
             config, args, image=96, patch=8
         )  # the released rules need targets of more than 10 patches
         config.mesh.update(replica=1)
-        config.data.update(name="digits", test_split="test", eval_resize=0, workers=0)
+        config.data.update(name="digits", test_split="test", eval_resize=None, workers=0)
     return config

@@ -1,10 +1,12 @@
-"""What the metaopt configs share: every setting of job "metaopt_grid", and its four tasks."""
+"""What the metaopt configs share: the four tasks."""
 
 from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
 from common.config import ConfigError
+from experiments.metaopt.grid_job import Settings
+from experiments.shared.settings import to_config
 
 DECADES = tuple(10.0**k for k in range(-8, 3))  # 1e-8 to 1e2, figure 4
 BOOK = "war_and_peace.txt"  # the whole book, in the folder where the run is started
@@ -24,32 +26,14 @@ SMOKE = {
 }
 
 
-def base(task: str = "mnist") -> ConfigDict:
-    """The full tree of settings; configs change what differs."""
+def base(task: str = "mnist", settings: type = Settings) -> ConfigDict:
+    """Every setting of a job with such a task; configs change what differs."""
     if task not in TASKS:
         raise ConfigError(f"task={task!r} is unknown; known: {', '.join(TASKS)}")
-    settings, batch = TASKS[task]
-    return ConfigDict(
-        {
-            "job": "metaopt_grid",
-            "name": "",
-            "task": {
-                "data_dir": "",  # "" = TFDS_DATA_DIR
-                "depth": 0,
-                "length": 0,
-                "examples": 0,  # of the training set; 0 = all
-                **settings,
-            },
-            "grid": {
-                "epochs": 30,
-                "batch": batch,
-                "rates": DECADES,
-                "seeds": (0,),
-                "save_every": 5,
-            },
-            "methods": (),
-        }
-    )
+    config, (own, batch) = to_config(settings), TASKS[task]
+    config.task.update(own)
+    config.grid.update(epochs=30, batch=batch, rates=DECADES)
+    return config
 
 
 def seeds(args: SimpleNamespace) -> tuple[int, ...]:
@@ -68,5 +52,6 @@ def smoke(config: ConfigDict, args: SimpleNamespace) -> ConfigDict:
     config.grid.update(batch=32, rates=(1e-3, 1.0), save_every=1)
     small = {"epochs": 2, "seeds": (0,)}
     config.grid.update({name: n for name, n in small.items() if name not in args.given})
-    config.methods = config.methods[:2]
+    if "methods" in config:
+        config.methods = config.methods[:2]
     return config

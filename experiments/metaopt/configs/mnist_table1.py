@@ -8,12 +8,12 @@ Prepare the data with `python -m common.data prepare mnist`.
 
 from common.config import parse_arg
 from experiments.metaopt.configs.base import base, seeds, smoke
+from experiments.metaopt.table1 import Settings
 
 
 def get_config(arg: str = ""):
     args = parse_arg(arg, smoke=False, seeds=3)
-    config = base()
-    config.update(job="metaopt_table1", name="mnist_table1", rows=())
+    config = base(settings=Settings)
     config.grid.update(epochs=30, seeds=seeds(args), rates=(1.0,))  # epochs: at most
     if args.smoke:
         smoke(config, args)

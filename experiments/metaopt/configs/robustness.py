@@ -3,9 +3,9 @@
   python -m experiments.launch --config=experiments/metaopt/configs/robustness.py --workdir=runs/robustness
   python -m experiments.launch --config=experiments/metaopt/configs/robustness.py:task=charrnn --workdir=runs/charrnn_robust
 
-Methods without a learning rate sweep their own initial guess (spec 6.3). MNIST is always whole, an hour on two cores. The
-other tasks train on a part of their data from every second rate (CIFAR-10 with a ResNet-8), two to three hours on a core;
-`full` is every rate and all data, for accelerators. Texts: see charrnn.py.
+Methods without a learning rate sweep their own initial guess (docs/papers/gdtuo.md 6.3). MNIST is always whole, an hour on
+two cores. The other tasks train on a part of their data from every second rate (CIFAR-10 with a ResNet-8), two to three
+hours on a core; `full` is every rate and all data, for accelerators. Texts: see charrnn.py.
 
 Arguments: task=mnist, cifar10, charrnn or gpt; full; smoke; epochs=N; seeds=N.
 """

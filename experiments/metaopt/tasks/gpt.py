@@ -82,12 +82,12 @@ class GPT:
 
 
 def gpt_task(
-    where: str, width: int = 128, depth: int = 4, length: int = 64, examples: int = 0
+    where: str, hidden: int = 128, depth: int = 4, length: int = 64, examples: int | None = None
 ) -> Task:
     """The GPT on the text at `where` (see `sinks.text.documents`)."""
 
     def net(vocabulary: int):
-        gpt = GPT(vocabulary, length, width, depth)
+        gpt = GPT(vocabulary, length, hidden, depth)
         return gpt.init, gpt
 
     return text_task("gpt", where, net, length, examples)

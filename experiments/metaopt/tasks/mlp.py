@@ -13,7 +13,7 @@ from experiments.metaopt.grid import Task
 
 
 def read_images(
-    name: str, split: str, data_dir: str = "", examples: int = 0
+    name: str, split: str, data_dir: str | None = None, examples: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(pixels u8 [N, H, W, C], labels i32 [N]) of a labelled data set: of all its images, or of `examples` random ones.
 
@@ -21,7 +21,7 @@ def read_images(
 
     Raises ValueError or FileNotFoundError, with the remedy, where the data are not there or have no labels.
     """
-    source = open_source(name, split, data_dir or None)
+    source = open_source(name, split, data_dir)
     if not {"image", "label"} <= source[0].keys():
         fields = ", ".join(source[0])
         raise ValueError(f"data {name!r} has no image with a label, but {fields}; try 'mnist'")
@@ -34,7 +34,9 @@ def read_images(
     return np.stack([r["image"] for r in records]), labels
 
 
-def mlp_task(name: str, data_dir: str = "", hidden: int = 128, examples: int = 0) -> Task:
+def mlp_task(
+    name: str, data_dir: str | None = None, hidden: int = 128, examples: int | None = None
+) -> Task:
     """Classification by the paper's MLP; the score is the test error in [0, 1]."""
     if hidden < 1:
         raise ValueError(f"hidden={hidden}: the MLP has at least 1 hidden unit")

@@ -129,10 +129,10 @@ class ResNet(nnx.Module):
 
 def resnet_task(
     name: str,
-    data_dir: str = "",
-    width: int = 16,
+    data_dir: str | None = None,
+    hidden: int = 16,
     depth: int = 20,
-    examples: int = 0,
+    examples: int | None = None,
     calibration: tuple[int, int] = (16, 128),
 ) -> Task:
     """Classification by a ResNet, augmented as He et al. do; the score is the test error in [0, 1].
@@ -145,7 +145,7 @@ def resnet_task(
     x, y = read_images(name, "train", data_dir, examples)
     x_test, y_test = map(jnp.asarray, read_images(name, "test", data_dir, examples))
     mean_C, std_C = (jnp.asarray(f(x / np.float32(255), (0, 1, 2))) for f in (np.mean, np.std))
-    net = define(lambda rngs: ResNet(depth, width, x.shape[-1], int(y.max()) + 1, rngs))
+    net = define(lambda rngs: ResNet(depth, hidden, x.shape[-1], int(y.max()) + 1, rngs))
     batches, size = calibration
     size = min(size, len(x))
     batches = min(batches, len(x) // size)

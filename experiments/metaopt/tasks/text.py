@@ -21,12 +21,14 @@ class LSTM(nnx.Module):
     """One layer, torch's: gates i, f, g, o, everything uniform in +-1/sqrt(hidden). Torch's two biases are one here."""
 
     def __init__(self, n_in: int, hidden: int, rngs: nnx.Rngs):
-        draw = lambda *shape: nnx.Param(  # noqa: E731
-            jax.random.uniform(rngs.params(), shape, minval=-(hidden**-0.5), maxval=hidden**-0.5)
-        )
-        self.input = draw(n_in, 4 * hidden)
-        self.recurrent = draw(hidden, 4 * hidden)
-        self.bias = draw(4 * hidden)
+        bound = hidden**-0.5
+
+        def uniform(*shape):
+            return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+
+        self.input = uniform(n_in, 4 * hidden)
+        self.recurrent = uniform(hidden, 4 * hidden)
+        self.bias = uniform(4 * hidden)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Hidden states [B, T, H], from a state of zeros."""
@@ -64,7 +66,7 @@ class CharRNN(nnx.Module):
 
 
 def charrnn_task(
-    where: str, hidden: int = 128, depth: int = 2, length: int = 50, examples: int = 0
+    where: str, hidden: int = 128, depth: int = 2, length: int = 50, examples: int | None = None
 ) -> Task:
     """The char-RNN on the text at `where` (see `sinks.text.documents`)."""
     if depth < 1:
@@ -82,7 +84,7 @@ def text_task(
     where: str,
     net: Callable[[int], tuple[Callable[[jax.Array], Any], Callable[[Any, jax.Array], jax.Array]]],
     length: int,
-    examples: int = 0,
+    examples: int | None = None,
     held_out: float = 0.2,
 ) -> Task:
     """Windows of `length` characters, each to predict from those before it in its window; the score is the perplexity.
@@ -91,7 +93,7 @@ def text_task(
 
     Args:
       net: number of different characters -> (key -> params, (params, ids [B, T]) -> logits [B, T, V]).
-      examples: at most so many windows of each part; 0 = all.
+      examples: at most so many windows of each part; None for all.
     """
     vocabulary, (train, test) = windows(where, length, held_out, examples)
     init, logits = net(vocabulary)
@@ -116,7 +118,7 @@ def text_task(
 
 
 def windows(
-    where: str, length: int, held_out: float, examples: int = 0
+    where: str, length: int, held_out: float, examples: int | None = None
 ) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
     """How many different characters the text has, and its windows for training and test: ids, int32 [N, length + 1].
 

@@ -5,23 +5,15 @@
 Arguments: smoke; model=NAME; text=WHERE. About a minute with SmolLM2-135M on two cores.
 """
 
-from ml_collections import ConfigDict
-
 from common.config import parse_arg
+from experiments.shared.settings import to_config
+from experiments.sinks.attention_map import Settings
 
 
 def get_config(arg: str = ""):
-    args = parse_arg(arg, smoke=False, model="smollm2-135m", text="embedded")
-    return ConfigDict(
-        {
-            "job": "sinks_attention_map",
-            "name": "attention_map",
-            "model": args.model,  # a name, a .gguf file, a safetensors folder or owner/name
-            "text": args.text,  # "embedded", "python-topics", a file, or a folder of .txt
-            "texts": 2 if args.smoke else 16,  # stretches of text, taken evenly from all of it
-            "tokens": 24 if args.smoke else 128,  # of each
-            "bos": False,  # whether each begins with the model's first token
-            "sinks": 0,  # of the stream; dense attention where recent is 0
-            "recent": 0,
-        }
-    )
+    config = to_config(Settings)
+    args = parse_arg(arg, smoke=False, model=config.model, text=config.text)
+    config.update(model=args.model, text=args.text)
+    if args.smoke:
+        config.update(texts=2, tokens=24)
+    return config

@@ -6,25 +6,15 @@
 Arguments: smoke; model=NAME.
 """
 
-from ml_collections import ConfigDict
-
 from common.config import parse_arg
+from experiments.shared.settings import to_config
+from experiments.sinks.tasks import QASettings
 
 
 def get_config(arg: str = ""):
-    args = parse_arg(arg, smoke=False, model="smollm2-135m")
-    return ConfigDict(
-        {
-            "job": "sinks_qa_stream",
-            "name": "qa_stream",
-            "model": args.model,
-            "questions": "embedded",  # or a JSONL file, ARC's own among them
-            "policies": ("alone", "sinks", "window"),
-            "cache_sizes": (64,) if args.smoke else (256, 1024),  # S + R
-            "sinks": 4,
-            "samples": 1,  # streams, each in an order of its own
-            "count": 4 if args.smoke else 148,  # questions in each
-            "chunk": 64 if args.smoke else 512,
-            "seed": 0,
-        }
-    )
+    config = to_config(QASettings)
+    args = parse_arg(arg, smoke=False, model=config.model)
+    config.update(model=args.model)
+    if args.smoke:
+        config.update(cache_sizes=(64,), count=4, chunk=64)
+    return config

@@ -5,25 +5,15 @@
 Arguments: smoke; model=NAME. Some minutes with SmolLM2-135M on two cores, most of them for re-computation.
 """
 
-from ml_collections import ConfigDict
-
 from common.config import parse_arg
+from experiments.shared.settings import to_config
+from experiments.sinks.speed import Settings
 
 
 def get_config(arg: str = ""):
-    args = parse_arg(arg, smoke=False, model="smollm2-135m")
-    return ConfigDict(
-        {
-            "job": "sinks_speed",
-            "name": "speed",
-            "model": args.model,  # a name, a .gguf file, a safetensors folder or owner/name
-            "dtype": "float32",  # of weights and cache
-            "batch": 1,  # streams side by side
-            "sinks": 4,
-            "cache_sizes": (16, 32) if args.smoke else (256, 512, 1024, 2048),  # S + R
-            "policies": ("window", "sinks", "sinks_int8", "recompute"),
-            "tokens": 3
-            if args.smoke
-            else 20,  # timed, of each, or ten seconds of them; medians are reported
-        }
-    )
+    config = to_config(Settings)
+    args = parse_arg(arg, smoke=False, model=config.model)
+    config.update(model=args.model)
+    if args.smoke:
+        config.update(cache_sizes=(16, 32), tokens=3)
+    return config

@@ -17,7 +17,7 @@ from experiments.jepa import data as jepa_data
 from experiments.jepa import probes as jepa_eval
 from experiments.jepa.configs import in22k_vitg16, in22k_vith14
 from experiments.jepa.configs.scenes import get_config
-from experiments.jepa.pretrain import begin
+from experiments.jepa.pretrain import open_run
 from experiments.jepa.settings import resolve
 from experiments.metaopt.tasks import mlp as metaopt_mlp
 
@@ -103,7 +103,7 @@ def test_images_without_a_label_neither_vote_nor_count(evaluate, mesh):
     def some(labels):
         return np.where(np.arange(len(labels)) % 3, labels, -1)
 
-    all_images = {"probe.knn_train": 0, "probe.knn_test": 0}
+    all_images = {"probe.knn_train": None, "probe.knn_test": None}
     source, test = digits_by_class(some=some), digits_by_class("test", some=some)
     values, _ = evaluate(source, test, **all_images)
     kept = [
@@ -134,7 +134,7 @@ def test_numbers_of_images_are_no_labels(evaluate, caplog):
     }
     source, test = digits_by_class(**numbers), digits_by_class("test", **numbers)
     assert jepa_eval.label_names(source) == ("label", "serial")
-    values, _ = evaluate(source, test, **{"probe.knn_train": 0})
+    values, _ = evaluate(source, test, **{"probe.knn_train": None})
     assert {k for k in values if k.startswith("knn")} == {"knn_label"}
     assert "'serial': its values, to 1,437, number the images" in caplog.text
 
@@ -170,7 +170,7 @@ def test_the_recipes_of_imagenet_22k_take_any_folder(recipe, splits, tmp_path):
             save(tmp_path / split / f"n{i % 3}" / f"{i}.jpg", i)
     config = recipe.get_config("smoke")
     config.data.update(name=f"folder:{tmp_path}", test_split="validation")
-    resolved, sets, _ = begin(config.to_dict())
+    resolved, sets, _ = open_run(config.to_dict())
     assert len(sets.train) + len(sets.test) == 60 * len(splits) and sets.bank is sets.train
     share = 0.1 if len(splits) == 1 else None
     found = jepa_eval.linear_probes  # what a row will say
@@ -182,12 +182,12 @@ def test_a_probe_is_not_tested_on_what_it_learned_from(tmp_path):
     config = get_config("smoke")
     config.data.test_split = "train"
     with pytest.raises(ConfigError, match=r"test_split='train'.*probe.test_on_train=true"):
-        begin(config.to_dict())
+        open_run(config.to_dict())
     config.probe.test_on_train = True
-    begin(config.to_dict())
+    open_run(config.to_dict())
     config.probe.test_on_train = False
     config.data.probe_split = "test"  # the test images may be trained on, without labels
-    sets = begin(config.to_dict())[1]
+    sets = open_run(config.to_dict())[1]
     assert sets.train is not sets.bank and len(sets.bank) == 359
 
 
@@ -199,7 +199,7 @@ def test_too_few_images_are_refused_before_training(tmp_path):
     with pytest.raises(
         ConfigError, match=r"config.data.split='train' has 1\d images.*neighbors=20"
     ):
-        begin(config.to_dict())
+        open_run(config.to_dict())
 
 
 @pytest.mark.parametrize("link", ["folder", "file"])
@@ -212,7 +212,7 @@ def test_links_to_the_training_images_are_no_test_set(tmp_path, link):
     config = get_config("smoke")
     config.data.update(name=f"folder:{tmp_path}", test_split="val")
     with pytest.raises(ConfigError, match=r"test_split='val' holds images .* or links to them"):
-        begin(config.to_dict())
+        open_run(config.to_dict())
 
 
 def test_a_single_test_image_is_refused_with_a_remedy(tmp_path):
@@ -221,12 +221,12 @@ def test_a_single_test_image_is_refused_with_a_remedy(tmp_path):
     config = get_config("smoke")
     config.data.update(name=f"folder:{tmp_path}", held_out=1e-6)
     with pytest.raises(ConfigError, match=r"has 1 image.*raise config.data.held_out=1e-06"):
-        begin(config.to_dict())
+        open_run(config.to_dict())
     save(tmp_path / "test" / "1.png", 99)
     with pytest.raises(
         ConfigError, match=r"has 1 image.*add images.*another config.data.test_split"
     ):
-        begin(config.to_dict())
+        open_run(config.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -245,14 +245,14 @@ def test_a_wrong_crop_names_its_setting(name, value):
 
 def test_features_that_do_not_fit_the_memory_are_refused_before_training(tmp_path, monkeypatch):
     config = get_config("smoke")
-    config.probe.train_examples = config.probe.test_examples = 0
+    config.probe.train_examples = config.probe.test_examples = None
     monkeypatch.setattr(jepa_data, "host_memory", lambda: 2**19)
     with pytest.raises(
         ConfigError, match=r"1,438 training and 359 test images.*train_examples to 596 or less"
     ):
-        begin(config.to_dict())
+        open_run(config.to_dict())
     config.probe.linear = False
-    begin(config.to_dict())
+    open_run(config.to_dict())
 
 
 def test_the_features_of_a_released_recipe_are_known_in_advance():
@@ -284,7 +284,7 @@ def test_a_damaged_image_ends_a_run_in_one_line_or_is_counted(
     flags = [
         "launch", "--config=experiments/jepa/configs/scenes.py:smoke", f"--workdir={tmp_path}/run",
         f"--config.data.name=folder:{damaged}", f"--config.data.workers={workers}", "--config.train.steps=9",
-        "--config.train.batch=8", "--config.train.eval_every=9", "--config.probe.train_examples=0",
+        "--config.train.batch=8", "--config.train.eval_every=9", "--config.probe.train_examples=None",
     ]  # fmt: skip
     assert launch_in_this_process(flags) == 2
     text = capsys.readouterr().err

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import experiments.metaopt.configs as folder
-from common.config import ConfigError
+from common.config import ConfigError, build
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
 from common.results import read_rows
 from common.train_loop import Preempted
-from common.writers import read_rows as read_metrics
+from common.writers import read_metrics
 from experiments.jobs import JOBS
 from experiments.metaopt import grid_job as metaopt_job
 from experiments.metaopt import reproduce as metaopt_digits
@@ -41,13 +41,14 @@ def task():
 def test_full_size_builds(name):
     values = config(name)
     assert values["name"] == name and values["job"] in JOBS
-    every = values["methods"] or ("sgd",)  # table 1 has rows instead
-    methods, spec, settings = metaopt_job.resolve(values | {"methods": every})
-    assert spec.epochs >= 5 and settings.examples == 0
-    if values["job"] == "metaopt_grid":
-        assert len(methods) >= 4 and len(spec.rates) >= 3
-    if settings.data == "mnist" and values["methods"]:
-        assert min(spec.rates) <= 1e-7 and max(spec.rates) >= 10
+    grid_job = values["job"] == "metaopt_grid"
+    settings = build(metaopt_job.Settings if grid_job else metaopt_table1.Settings, values)
+    rates = settings.grid.rates
+    assert settings.grid.epochs >= 5 and settings.task.examples is None
+    if grid_job:
+        assert len(settings.methods) >= 4 and len(rates) >= 3
+    if grid_job and settings.task.data == "mnist":
+        assert min(rates) <= 1e-7 and max(rates) >= 10
 
 
 @pytest.mark.slow
@@ -64,9 +65,10 @@ def test_smoke_trains_and_draws(name, tmp_path):
 @pytest.mark.parametrize("task", ["mnist", "cifar10", "charrnn", "gpt"])
 def test_robustness_on_every_task(task):
     small, full = config("robustness", f"task={task}"), config("robustness", f"task={task},full")
-    (_, spec, settings), (_, whole, _) = metaopt_job.resolve(small), metaopt_job.resolve(full)
-    assert set(spec.rates) <= set(whole.rates) and (min(spec.rates), max(spec.rates)) == (1e-7, 10)
-    assert full["task"]["examples"] == 0 and (settings.examples == 0) == (task == "mnist")
+    part, whole = (build(metaopt_job.Settings, values) for values in (small, full))
+    rates = part.grid.rates
+    assert set(rates) <= set(whole.grid.rates) and (min(rates), max(rates)) == (1e-7, 10)
+    assert whole.task.examples is None and (part.task.examples is None) == (task == "mnist")
     with pytest.raises(ConfigError, match="task='imagenet' is unknown; known: mnist, cifar10"):
         config("robustness", "task=imagenet")
 
@@ -87,7 +89,7 @@ def test_smoke_leaves_what_the_argument_says(name):
 @pytest.mark.parametrize("name", ["robustness", "cifar10_resnet20", "charrnn"])
 def test_no_epochs_are_refused(name):
     with pytest.raises(ConfigError, match="epochs=0"):
-        metaopt_job.resolve(config(name, "epochs=0"))
+        build(metaopt_job.Settings, config(name, "epochs=0"))
 
 
 @pytest.mark.parametrize("epoch", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -189,7 +191,7 @@ def quick_grid(monkeypatch):
 
     for module in (metaopt_job, metaopt_table1):
         monkeypatch.setattr(module, "run_grid", run_grid)
-    monkeypatch.setattr(metaopt_job, "draw", lambda workdir, *_: workdir)
+    monkeypatch.setattr(metaopt_job, "draw_grid", lambda workdir, *_: workdir)
     return trained
 
 
@@ -252,9 +254,16 @@ def test_digits_draws_its_picture(tmp_path):
     assert len(rows) == 4 and (tmp_path / "metaopt_digits.png").stat().st_size > 10_000
 
 
+def test_a_setting_that_the_task_does_not_have_is_refused():
+    values = config("robustness", "smoke")
+    values["task"] |= {"length": 5}
+    with pytest.raises(ConfigError, match="kind='mlp' takes no length: set it to None"):
+        build(metaopt_job.Settings, values)
+
+
 def test_unknown_method_and_setting():
     values = config("robustness", "smoke")
     with pytest.raises(ConfigError, match=r"has 'adm'; known: sgd, auto\(sgd\)"):
-        metaopt_job.resolve({**values, "methods": ("adm",)})
+        build(metaopt_job.Settings, {**values, "methods": ("adm",)})
     with pytest.raises(ConfigError, match=r"rates=\(-1\.0,\) must be positive"):
-        metaopt_job.resolve({**values, "grid": {**values["grid"], "rates": (-1.0,)}})
+        build(metaopt_job.Settings, {**values, "grid": {**values["grid"], "rates": (-1.0,)}})

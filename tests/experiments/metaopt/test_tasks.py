@@ -14,7 +14,7 @@ from common.results import make_row
 from experiments.metaopt.grid import GridSpec, run_grid
 from experiments.metaopt.grid_job import TaskSettings, check_batch, gaps, open_task, show
 from experiments.metaopt.methods import METHODS
-from experiments.metaopt.pictures import by_rate, draw
+from experiments.metaopt.pictures import by_rate, draw_grid
 from experiments.metaopt.tasks.gpt import GPT
 from experiments.metaopt.tasks.resnet import Normalizer, ResNet, augment, convolve_by_product
 from experiments.metaopt.tasks.text import LSTM, CharRNN, windows
@@ -265,7 +265,7 @@ def test_cells_in_turn_are_the_runs_side_by_side(tmp_path):
     ],
 )
 def test_towers_of_the_figures_learn(name, learns, tmp_path):
-    """Each hyperparameter moves, by the step sizes of its initial rate (spec 3.3, 3.4)."""
+    """Each hyperparameter moves, by the step sizes of its initial rate (docs/papers/gdtuo.md 3.3, 3.4)."""
     spec = GridSpec(epochs=2, batch=32, rates=(1e-3, 1e-2))
     cells = run_grid(open_task(TINY["mlp"]), METHODS[name], spec, tmp_path)
     for cell in cells:
@@ -318,5 +318,5 @@ def test_many_rates_are_drawn_by_rate(tmp_path):
     adam, sgd = figure.axes[0].lines
     assert np.isfinite(adam.get_ydata()).sum() == 7 and np.isfinite(sgd.get_ydata()).all()
     assert sgd.get_ydata()[0] == pytest.approx(90)
-    path = draw(tmp_path, rows, ("adam", "sgd"), GridSpec(1, 1, rates), "error")
+    path = draw_grid(tmp_path, rows, ("adam", "sgd"), GridSpec(1, 1, rates), "error")
     assert path.stat().st_size > 10_000

@@ -16,7 +16,7 @@ from experiments.shared import notebook_setup
 from experiments.shared.notebook_setup import extra_of, fell_back, requirements, stale, unmet
 
 ROOT = Path(__file__).parents[3]
-NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "experiments").glob("*/notebook.ipynb"))
 NEW_GPU, OLD_DRIVER, OLD_GPU = "580.65.06, 7.5\n", "550.54.15, 8.9\n", "580.65.06, 7.0\n"
 
 

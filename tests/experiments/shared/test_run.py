@@ -170,15 +170,33 @@ def test_a_row_lost_between_two_files_is_put_back(tmp_path):
     assert train(tmp_path) == (0, False) and rows(tmp_path) == [row]
 
 
-def test_a_workdir_of_another_version_names_new_and_gone_settings(tmp_path):
-    train(tmp_path, config(optim__b1=None, train__old={"a": 1}), until=20)
+def test_a_workdir_of_another_version_names_gone_settings(tmp_path):
+    train(tmp_path, config(train__old={"a": 1}), until=20)
     with pytest.raises(ConfigError) as refusal:
         train(tmp_path)
     assert "\n  config.train.old.a: saved 1, now nothing\n" in str(refusal.value)
-    assert "\n  config.optim.b1: saved nothing, now 0.9\n" in str(refusal.value)
     train(tmp_path, resume="changed")
     (change,) = rows(tmp_path)[0].changes
-    assert change["config.optim.b1"] == [None, 0.9]
+    assert change["config.train.old.a"] == [1, None]
+
+
+def test_a_workdir_of_an_older_version_gets_new_settings_and_says_so(tmp_path, caplog):
+    train(tmp_path, config(optim__b1=None), until=20)
+    (tmp_path / "run.json").unlink()  # it wrote none
+    with pytest.raises(ConfigError, match=r"config\.optim\.b1: saved nothing, now 0\.8"):
+        train(tmp_path, config(optim__b1=0.8), overrides={"optim.b1": 0.8})
+    assert train(tmp_path, until=30) == (75, True)
+    assert "is of an older version; new settings: config.optim.b1=0.9" in caplog.text
+    assert train(tmp_path) == (0, True)
+    (change,) = rows(tmp_path)[0].changes
+    assert change["step"] == 20 and change["config.optim.b1"] == [None, 0.9]
+    assert change["commit"] == ["unknown", Run(VALUES, tmp_path).commit]
+
+
+def test_what_an_older_version_has_done_is_not_done_again(tmp_path):
+    old = config(optim__b1=None)
+    train(tmp_path, old)
+    assert train(tmp_path) == (0, False)
 
 
 def test_a_result_of_an_older_version_is_known_by_the_hash_of_its_config(tmp_path):

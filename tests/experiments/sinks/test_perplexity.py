@@ -7,8 +7,8 @@ import pytest
 
 from common.config import ConfigError
 from common.distributed import EXIT_PREEMPTED, PreemptionGuard
-from common.results import read_rows as result_rows
-from common.writers import read_rows
+from common.results import read_rows
+from common.writers import read_metrics
 from experiments.shared.run import Run
 from experiments.sinks import perplexity as sinks_perplexity
 from experiments.sinks.configs.perplexity import get_config
@@ -25,7 +25,7 @@ def settings(folder, arg="smoke", **changes):
 
 
 def metrics(folder):
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     return [(row["step"], row["perplexity"], row["chunk_perplexity"]) for row in rows]
 
 
@@ -127,7 +127,9 @@ def test_what_is_finished_is_not_reported_under_another_config(tmp_path, capsys)
 
     # a workdir of an older version, whose config.json was overwritten by a second run
     (tmp_path / "run" / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ConfigError, match=r"sinks_2\+14 holds a result of another config"):
+    with pytest.raises(
+        ConfigError, match=r"sinks_2\+14/results.jsonl has rows of a part from another config"
+    ):
         sinks_perplexity.run(Run(other, tmp_path / "run"))
 
 
@@ -140,7 +142,7 @@ def test_another_policy_joins_the_table_on_purpose(tmp_path):
     assert sinks_perplexity.run(Run(more, tmp_path / "run", resume="changed")) == 0
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.count("| sinks 2+14 |") == table.count("| window 0+16 |") == 1
-    (row,) = result_rows(tmp_path / "run" / "window_0+16" / "results.jsonl")
+    (row,) = read_rows(tmp_path / "run" / "window_0+16" / "results.jsonl")
     assert (row.config, row.overrides) == (values["name"], {"setting": "window 0+16"})
 
 
