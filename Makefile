@@ -9,7 +9,7 @@ TPU := .venv-tpu
 INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 
-.PHONY: help reproduce test test-fast test-peers test-aot test-fuzz check lint format types boundaries bench notebooks tables preflight clean
+.PHONY: help reproduce test test-fast test-peers test-aot test-fuzz check lint format types boundaries bench bench-gpu notebooks tables preflight clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ bench: $(VENV)/peers  ## our I-JEPA step, sink decoding and metaopt overhead aga
 	$(BIN)/python -m experiments.sinks.bench
 	$(BIN)/python -m experiments.metaopt.bench
 
+bench-gpu: $(VENV)/gpu  ## the same and more on an NVIDIA GPU, three parts of at most 8 minutes (ARGS=--minutes=5)
+	for p in sinks jepa metaopt; do $(BIN)/python -m experiments.$$p.bench_gpu $(ARGS) || exit 1; done
+
 notebooks: $(VENV)/notebooks  ## run the notebooks: one page a paper in runs/notebooks
 	@mkdir -p runs/notebooks
 	for p in $(patsubst experiments/%/notebook.ipynb,%,$(wildcard experiments/*/notebook.ipynb)); do $(BIN)/jupyter nbconvert --to html --execute --output-dir $(CURDIR)/runs/notebooks --output $$p experiments/$$p/notebook.ipynb || exit 1; done
@@ -82,6 +85,10 @@ $(VENV)/dev: $(VENV)/base
 
 $(VENV)/peers: $(VENV)/dev
 	$(INSTALL) ".[peers]"
+	@touch $@
+
+$(VENV)/gpu: $(VENV)/peers
+	$(INSTALL) ".[cuda]"
 	@touch $@
 
 $(VENV)/notebooks: $(VENV)/base

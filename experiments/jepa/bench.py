@@ -106,7 +106,7 @@ def torch_peer(steps: int, mode: str, official: str) -> dict[str, Any]:
 
     context = [subset(CONTEXT)]
     targets = [subset(TARGET) for _ in range(TARGETS)]
-    return {"seconds": _time(lambda i: step(images, context, targets), steps)}
+    return {"seconds": _time(lambda i: float(step(images, context, targets)), steps)}
 
 
 def _time(run, steps: int, warm: int = 15) -> list[float]:

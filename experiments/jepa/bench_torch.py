@@ -7,6 +7,7 @@ smooth-L1, backward, AdamW, EMA. The order of tokens and of repeated batches is 
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch  # pyright: ignore[reportMissingImports]  # extra: peers
@@ -29,8 +30,6 @@ def gather(x: torch.Tensor, masks: list[torch.Tensor]) -> torch.Tensor:
 def from_official(path: str, image, patch, width, depth, heads, p_width, p_depth) -> Models:
     """Modules of a checkout of facebookresearch/ijepa (non-commercial licence: it is run, not copied)."""
     sys.path.insert(0, path)
-    from functools import partial
-
     from src.models import vision_transformer as vit  # type: ignore
 
     norm = partial(nn.LayerNorm, eps=1e-6)
@@ -99,22 +98,27 @@ def from_transformers(_: str, image, patch, width, depth, heads, p_width, p_dept
     return Models(Encoder(), Predictor())
 
 
-def make_step(models: Models, *, bf16: bool, compiled: bool) -> Callable[..., float]:
-    """step(images, context masks, target masks) -> loss, with autocast to bfloat16 and torch.compile as asked."""
-    encoder, predictor = models
+def make_step(
+    models: Models, *, bf16: bool, compiled: bool | str, device: torch.device = torch.device("cpu")
+) -> Callable[..., torch.Tensor]:
+    """step(images, context masks, target masks) -> loss, with autocast to bfloat16 and torch.compile (True: its default
+    mode) as asked, on `device`; there the fused AdamW."""
+    encoder, predictor = (model.to(device) for model in models)
     target = copy.deepcopy(encoder).requires_grad_(False)
     named = [*encoder.named_parameters(), *predictor.named_parameters()]
     named = [(n, p) for n, p in named if p.requires_grad]
     flat = [p for n, p in named if n.endswith("bias") or p.ndim == 1]
     rest = [p for n, p in named if not (n.endswith("bias") or p.ndim == 1)]
     optimizer = torch.optim.AdamW(
-        [{"params": rest}, {"params": flat, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.04
-    )
-    run = torch.compile if compiled else lambda module: module
+        [{"params": rest}, {"params": flat, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.04,
+        fused=device.type == "cuda",
+    )  # fmt: skip
+    mode = compiled if isinstance(compiled, str) else "default"
+    run = partial(torch.compile, mode=mode) if compiled else lambda module: module
     encoder_fn, predictor_fn, target_fn = run(encoder), run(predictor), run(target)
 
-    def step(images, context, targets) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+    def step(images, context, targets) -> torch.Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 h = target_fn(images)
                 h = gather(F.layer_norm(h, (h.size(-1),)), targets)
@@ -124,8 +128,7 @@ def make_step(models: Models, *, bf16: bool, compiled: bool) -> Callable[..., fl
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            for p, t in zip(encoder.parameters(), target.parameters()):
-                t.mul_(0.996).add_(p.detach(), alpha=0.004)
-        return float(loss)
+            torch._foreach_lerp_(list(target.parameters()), list(encoder.parameters()), 0.004)
+        return loss
 
     return step

@@ -15,13 +15,12 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.bench import run_worker, write_row
+from experiments.shared.bench import in_turns, run_worker, write_row
 
 WIDTHS, BATCH = (784, 2048, 2048, 2048, 10), 256
 RESULTS = Path(__file__).parents[1] / "results" / "metaopt" / "bench_overhead.jsonl"
@@ -42,6 +41,7 @@ def contenders() -> dict[str, Any]:
     return {
         "adamw": optax.adamw(1e-3),
         "level1": tower(1),
+        "level2": tower(2),
         "level3": tower(3),
         "level50": tower(50),
         "auto": metaopt.auto(optax.adamw),
@@ -126,17 +126,8 @@ def original(rounds: int) -> dict[str, Any]:
     return _in_turns({"torch_adam": plain_step, "gdtuo": tower_step}, rounds) | {"bytes": {}}
 
 
-def _in_turns(runs: dict[str, Callable[[], None]], rounds: int, warm: int = 3) -> dict[str, Any]:
-    """Seconds and CPU seconds of every run, one of each a round, forwards and backwards."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(rounds + warm):
-        for name in runs if i % 2 else reversed(runs):
-            began, used = time.perf_counter(), time.process_time()
-            runs[name]()
-            if i >= warm:
-                seconds[name].append(time.perf_counter() - began)
-                cpu[name].append(time.process_time() - used)
+def _in_turns(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
+    seconds, cpu = in_turns(runs, rounds)
     return {"seconds": seconds, "cpu": cpu}
 
 

@@ -2,10 +2,12 @@
 and the row at the end."""
 
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,29 @@ def run_worker(module: str, mode: str, *arguments: str, threads: int) -> dict[st
     if done.returncode or not lines:
         raise RuntimeError(f"{mode} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
     return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm: int = 3,
+    most_seconds: float = math.inf,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds and CPU seconds of every run, one of each a round, forwards and backwards, so that what else the machine does
+    hits all of them. After `most_seconds` and at least two rounds, no further one begins."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    cpu: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + most_seconds
+    for i in range(warm + rounds):
+        if i > warm + 1 and time.perf_counter() > end:
+            break
+        for name in runs if i % 2 else reversed(list(runs)):
+            began, used = time.perf_counter(), time.process_time()
+            runs[name]()
+            if i >= warm:
+                seconds[name].append(time.perf_counter() - began)
+                cpu[name].append(time.process_time() - used)
+    return seconds, cpu
 
 
 def write_row(

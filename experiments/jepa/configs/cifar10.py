@@ -5,7 +5,8 @@
 A batch of 512 goes through in four microbatches, which a CPU holds in 2.3 GiB at 270 images a second on
 two cores of an AMD EPYC. With `--config.data.workers=3 --config.train.accumulate=1`, as the rows in
 experiments/results were measured, an H100 trains four such runs at once in 12 minutes, probes included.
-`--config.job=jepa_baselines` gives the floor: an untrained encoder and raw pixels.
+With `--config.data.on_device=true --config.train.steps_per_dispatch=10` the images lie on the accelerator, and crops
+and masks are made there. `--config.job=jepa_baselines` gives the floor: an untrained encoder and raw pixels.
 
 Arguments: smoke; epochs=N; seed=N. Prepare the data with `python -m common.data prepare cifar10`.
 """
