@@ -193,7 +193,7 @@ def crop_on_device(spec: RandomResizedCrop, images: jax.Array, keys: jax.Array) 
     Equal to the host's in distribution, and for a given box within 2 of 255 (tests/common/test_augment.py).
     """
     height, width = images.shape[1:3]
-    u = jax.vmap(lambda key: jax.random.uniform(key, 4 * CROP_TRIES + 1))(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (4 * CROP_TRIES + 1,)))(keys)
     boxes = crop_boxes((width, height), u[:, 1:].reshape(-1, CROP_TRIES, 4), spec.scale, spec.ratio)
     flips = (u[:, 0] < FLIP_P) & spec.flip
     return resize_boxes(images, boxes, flips, spec.size)

@@ -198,7 +198,8 @@ class Loop:
     in_a_second: dict[str, float] = field(default_factory=dict)  # the utilisation by steps of 1 s
     # first step of the dispatch, which of its steps, metrics of all, seconds a step
     pending: list[tuple[int, int, Metrics, float]] = field(default_factory=list)
-    in_flight: list[jax.Array] = field(default_factory=list)
+    in_flight: list[Any] = field(default_factory=list)
+    step_fn: Any = field(init=False)  # jitted, then the compiled program
     state: TrainState = field(init=False)  # donated to every step: nothing else may hold it
     first: int = field(init=False)  # the step that this start begins with
     writer: Writer = field(init=False)

@@ -86,7 +86,7 @@ def make_dispatch(step: Step) -> Callable[..., tuple[TrainState, Metrics]]:
     """
 
     def dispatch(state: TrainState, inputs: tuple[dict, ...], first: jax.Array, prepare: Prepare):
-        prepared = prepare
+        prepared: Callable = prepare
         if jax.sharding.get_abstract_mesh().explicit_axes:
             prepared = jax.sharding.auto_axes(prepare, out_sharding=jax.P(BATCH_AXES))
 

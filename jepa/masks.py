@@ -39,10 +39,10 @@ class Masks(NamedTuple):
     must be masked out of attention and loss. In `fixed` mode no context slot is padded.
     """
 
-    context: np.ndarray  # int32 [B, Kc]
-    context_valid: np.ndarray  # bool [B, Kc]
-    targets: np.ndarray  # int32 [B, M, Kt]
-    target_valid: np.ndarray  # bool [B, M, Kt]
+    context: Array  # int32 [B, Kc]
+    context_valid: Array  # bool [B, Kc]
+    targets: Array  # int32 [B, M, Kt]
+    target_valid: Array  # bool [B, M, Kt]
 
 
 @dataclass(frozen=True)
