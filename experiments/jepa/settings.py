@@ -37,8 +37,7 @@ class DataSettings:
       data_dir: folder of TFDS data sets; None takes TFDS_DATA_DIR.
       examples: training images, for a run without the set (preflight).
       crop_scale: range of a training crop's share of the image's area.
-      crop_ratio: range of a training crop's width / height.
-      flip: whether half of the training images are mirrored.
+      crop_ratio: range of a training crop's width / height.  flip: whether half of the training images are mirrored.
       eval_resize: short side before the centre crop of evaluations, in pixels; None takes the model's image size.
       workers: processes that prepare batches; 0 is a thread of the main one.
       on_device: whether all images lie on the device, where crops and masks are made inside the step.
@@ -165,12 +164,7 @@ class ProbeSettings:
         if self.neighbors < 1:
             raise ValueError(f"neighbors={self.neighbors}: at least 1 image votes")
         # What a probe learns from or is tested on; the collapse monitors compare two images.
-        least = {
-            "knn_train": self.neighbors,
-            "knn_test": 2,
-            "train_examples": 2,
-            "test_examples": 1,
-        }
+        least = dict(knn_train=self.neighbors, knn_test=2, train_examples=2, test_examples=1)
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -247,12 +241,8 @@ class Settings:
     @property
     def augmentation(self) -> RandomResizedCrop:
         """The training transform: random resized crop, and a flip where asked for."""
-        return RandomResizedCrop(
-            size=self.model.image,
-            scale=self.data.crop_scale,
-            ratio=self.data.crop_ratio,
-            flip=self.data.flip,
-        )
+        data = self.data
+        return RandomResizedCrop(self.model.image, data.crop_scale, data.crop_ratio, data.flip)
 
     @property
     def device_batch(self) -> DeviceBatch | None:

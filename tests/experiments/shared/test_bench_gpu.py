@@ -44,7 +44,9 @@ def test_every_cell_gives_a_row_and_none_twice(paper, tmp_path):
 
 
 @pytest.mark.peers
-@pytest.mark.filterwarnings("ignore:Using backward:UserWarning", "ignore:.*past_key_values:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Using backward:UserWarning", "ignore:.*past_key_values:FutureWarning"
+)
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_peer_runs(paper):
     for cell in module(paper).cells(True):
