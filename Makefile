@@ -53,7 +53,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 types: $(VENV)/dev
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python  # with the libraries that are installed there
 
 boundaries: $(VENV)/dev
 	$(BIN)/lint-imports

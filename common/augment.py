@@ -193,7 +193,7 @@ def crop_on_device(spec: RandomResizedCrop, images: jax.Array, keys: jax.Array) 
     Equal to the host's in distribution, and for a given box within 2 of 255 (tests/common/test_augment.py).
     """
     height, width = images.shape[1:3]
-    u = jax.vmap(lambda key: jax.random.uniform(key, 4 * CROP_TRIES + 1))(keys)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (4 * CROP_TRIES + 1,)))(keys)
     boxes = crop_boxes((width, height), u[:, 1:].reshape(-1, CROP_TRIES, 4), spec.scale, spec.ratio)
     flips = (u[:, 0] < FLIP_P) & spec.flip
     return resize_boxes(images, boxes, flips, spec.size)
@@ -229,7 +229,7 @@ def resize_boxes(images: jax.Array, boxes: jax.Array, flips: jax.Array, size: in
         return near / near.sum(-1, keepdims=True)
 
     def filtered(formula: str, weight: jax.Array, x: jax.Array) -> jax.Array:
-        # Ties are frequent: they go up, as PIL's mostly do, whatever the order in which a program adds.
+        # Ties are frequent: they go up, as PIL's mostly do, for every order in which a program adds.
         return jnp.floor(jnp.einsum(formula, weight, x, precision="highest") + 0.501)
 
     across = weights(left, right, images.shape[2])

@@ -39,10 +39,10 @@ class Masks(NamedTuple):
     must be masked out of attention and loss. In `fixed` mode no context slot is padded.
     """
 
-    context: np.ndarray  # int32 [B, Kc]
-    context_valid: np.ndarray  # bool [B, Kc]
-    targets: np.ndarray  # int32 [B, M, Kt]
-    target_valid: np.ndarray  # bool [B, M, Kt]
+    context: Array  # int32 [B, Kc]
+    context_valid: Array  # bool [B, Kc]
+    targets: Array  # int32 [B, M, Kt]
+    target_valid: Array  # bool [B, M, Kt]
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def _validate_paper(spec: MaskSpec) -> None:
         if h * w <= spec.min_keep:
             raise ValueError(
                 f"a {name} block on grid {spec.grid} can have {h} x {w} = {h * w} patches, and "
-                f"min_keep {spec.min_keep} demands more (the released collator loops for ever); "
+                f"min_keep {spec.min_keep} demands more (the released collator loops forever); "
                 f"lower min_keep, or raise the grid or {name}_scale"
             )
 
