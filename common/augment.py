@@ -229,7 +229,7 @@ def resize_boxes(images: jax.Array, boxes: jax.Array, flips: jax.Array, size: in
         return near / near.sum(-1, keepdims=True)
 
     def filtered(formula: str, weight: jax.Array, x: jax.Array) -> jax.Array:
-        # Ties are frequent: they go up, as PIL's mostly do, whatever the order in which a program adds.
+        # Ties are frequent: they go up, as PIL's mostly do, for every order in which a program adds.
         return jnp.floor(jnp.einsum(formula, weight, x, precision="highest") + 0.501)
 
     across = weights(left, right, images.shape[2])

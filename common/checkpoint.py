@@ -53,11 +53,11 @@ class DamagedError(RuntimeError):
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """What stays.
+    """Which checkpoints are kept.
 
     Attributes:
       keep: the newest checkpoints that stay. With 2, a damaged newest one costs one save interval and not the run.
-      every_steps: the steps whose multiples stay for good; 0 for none.
+      every_steps: multiples of this step are never deleted; 0 for none.
     """
 
     keep: int = 2
@@ -147,7 +147,7 @@ class Checkpointer:
             self.wait()
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict] | None:
-        """(state, meta) of `step`, or of the newest undamaged checkpoint; None if none is there.
+        """(state, meta) of `step`, or of the newest undamaged checkpoint; None if there is none.
 
         `abstract_state` is a pytree of `jax.ShapeDtypeStruct`, each with a sharding.
 
@@ -221,7 +221,7 @@ def _absolute(directory: str | PathLike) -> epath.Path:
 
 
 def _steps(directory: epath.Path) -> list[int]:
-    """As the first process lists them: caches of shared storage may show another an older or newer folder."""
+    """The first process lists them: caches of shared storage may show an older or newer folder to another."""
     found = _listed(directory) if jax.process_index() == 0 else []
     return json.loads(exchange("checkpoints", json.dumps(found))[0])
 
@@ -289,7 +289,7 @@ def _read_arrays(directory: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct])
 
 
 def _stored(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Those with elements: orbax refuses the others, of which the document says all."""
+    """The leaves that have elements: orbax refuses empty arrays, and the document describes those in full."""
     return {name: leaf for name, leaf in arrays.items() if 0 not in leaf.shape}
 
 

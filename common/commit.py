@@ -85,6 +85,6 @@ def _installed() -> str:
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
     if Path(str(distribution.locate_file("common/commit.py"))).resolve() != HERE:
-        return "unknown"  # a copy of the tree, beside another installed one
+        return "unknown"  # a copy of the tree, next to another installed one
     source = json.loads(distribution.read_text("direct_url.json") or "{}")
     return source.get("vcs_info", {}).get("commit_id") or f"v{distribution.version}"

@@ -95,7 +95,7 @@ def parse_arg(arg: str, **defaults: Any) -> types.SimpleNamespace:
     """Parses a config file's argument, `name.py:smoke,batch=256`, against typed defaults.
 
     A bare word sets a boolean default to True. Values take their default's type. The result's `given` holds the names that
-    `arg` sets, at whatever value.
+    `arg` sets, to any value.
 
     Raises:
       ConfigError: an unknown word, or a value that does not fit.

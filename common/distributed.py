@@ -165,7 +165,7 @@ def require_same(facts: Mapping[str, str], seconds: float = 3600.0) -> None:
     """Returns if `facts`, by name, are equal on every process. Call on all of them, in the same order.
 
     Through jax's coordination service, which touches no device: processes that differ may not have the same programs.
-    The time is long, as one may open its data more slowly; of a process that dies jax itself tells the others.
+    The time is long, as one may open its data more slowly; jax itself tells the others of a process that dies.
 
     Raises:
       ProcessesDiffer: on all processes. Some fact differs, or a process has called `report_failure` instead, or has not
@@ -313,7 +313,7 @@ class Signalled(BaseException):
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """For work that has nothing to save: the signals of `PreemptionGuard` raise Signalled at once.
+    """Makes the signals of `PreemptionGuard` raise Signalled at once, for work that has nothing to save.
 
     In the main thread of a lone process only. Of several, one that left alone would leave the others waiting for it.
     """

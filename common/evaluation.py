@@ -1,4 +1,4 @@
-"""Evaluations of a run: one that fails is told in a line and in the run's rows, and stops no training."""
+"""Evaluations of a run: one that fails is reported in a line and in the rows of the run, and does not stop the training."""
 
 import logging
 import traceback
@@ -36,7 +36,7 @@ def run_evals(
         values, problem, error = {}, "", None
         try:
             values = {f"{name}/{key}": float(value) for key, value in fn(state)}
-        except Exception as caught:  # whatever a user's evaluation raises
+        except Exception as caught:  # a user's evaluation may raise anything
             error = caught
             problem = describe(error, f"evaluation {name!r} at step {step}", workdir)
         try:
@@ -52,7 +52,7 @@ def run_evals(
 
 
 def unrecorded(evals: Collection[str], workdir: Path, step: int) -> list[str]:
-    """Those of the evaluations of which `workdir`/metrics.jsonl has no values at `step`; the same on all processes."""
+    """The evaluations without values at `step` in `workdir`/metrics.jsonl; the same on all processes."""
     path, names = workdir / "metrics.jsonl", list(evals)
     if names and jax.process_index() == 0 and path.exists():
         seen = [key for row in read_metrics(path) if row["step"] == step for key in row]

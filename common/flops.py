@@ -88,7 +88,7 @@ def peak_flops(device: jax.Device) -> float | None:  # pyright: ignore[reportInv
     return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
 
 
-def utilisation(jaxpr: Any, devices: Sequence[jax.Device], seconds: float) -> dict[str, float]:  # pyright: ignore[reportInvalidTypeForm]
+def utilisation(jaxpr: Any, devices: Sequence[Any], seconds: float) -> dict[str, float]:
     """{"mfu": the part of the chips' peak that a step used in `seconds`}; {} where the peak or the FLOPs are not known.
 
     {"hfu": ...} where activations are computed twice (`jax.checkpoint`): these FLOPs are in the count.

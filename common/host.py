@@ -13,7 +13,7 @@ _ROOM = 256 << 20
 def keep_freed_memory() -> None:
     """Makes glibc's malloc keep large freed blocks for the next request instead of returning them to the kernel.
 
-    XLA's CPU backend allocates each step's temporaries anew; by default every one of their pages is then faulted in again,
+    XLA's CPU backend allocates the temporaries of each step again; by default all their pages are then faulted in again,
     which took 20 to 40 % of a step's CPU time where it was measured (docs/journal.md). Call it before jax computes
     anything. Does nothing elsewhere than on Linux with glibc.
     """
@@ -41,7 +41,7 @@ def set_fragments_aside() -> int:
     if not room or room >= libc.sbrk(0):  # not on the heap: memory is not kept
         libc.free(room)
         return 0
-    libc.malloc(_SIZES[0])  # between the room and the heap's end, for good
+    libc.malloc(_SIZES[0])  # between the room and the heap's end, never freed
     aside = 0
     for size in _SIZES:
         # Blocks beyond the room are no fragments: the heap was extended for them.

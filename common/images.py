@@ -1,4 +1,4 @@
-"""From an image file's bytes to uint8 RGB, whatever it holds; and what to say where that cannot be done."""
+"""From an image file's bytes to uint8 RGB, for every kind of image; and the message where that fails."""
 
 import io
 from typing import Any
@@ -18,7 +18,7 @@ _BITS = 258  # TIFF tag, of bits a sample
 
 
 class ImageError(ValueError):
-    """One line on an image that could not be had, and the remedy."""
+    """One line on an image that could not be read, and the remedy."""
 
 
 class UnreadableFile(ImageError):

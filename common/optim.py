@@ -11,6 +11,7 @@ from common.schedules import Schedule, cosine, warmup_cosine
 from common.sharding import path_name
 
 Mask = Callable[[Any], Any]  # parameters -> a tree of bools, of the same structure
+Log = Callable[[Any, jax.Array], dict[str, jax.Array]]  # optimizer state, step -> scalars to log
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class OptimSpec:
       b1, b2, eps: AdamW's decay rates of the moments and its epsilon.
       clip: largest global gradient norm; None for no clipping (I-JEPA's).
       schedule_scale: stretches all schedules beyond the run (`ipe_scale`: 1.0 for I-JEPA, 1.25 for V-JEPA).
-      auto: whether rate and decay learn themselves, from `lr` and `weight_decay` on. It asks for an `Optimizer` that does.
+      auto: whether rate and decay learn themselves, from `lr` and `weight_decay` on. `adamw` does not.
     """
 
     lr: float = 1e-3
@@ -78,7 +79,7 @@ def decays(params: Any) -> Any:
 def adamw(spec: OptimSpec, steps: int, mask: Mask = decays) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` updates; `mask` says what decays."""
     if spec.auto:
-        raise ValueError("optim.auto asks for an optimizer that learns: pass one to the recipe")
+        raise ValueError("optim.auto asks for an optimizer that learns: give the recipe one")
     update = optax.adamw(
         spec.lr_schedule(steps),
         b1=spec.b1,
@@ -90,23 +91,7 @@ def adamw(spec: OptimSpec, steps: int, mask: Mask = decays) -> optax.GradientTra
     return optax.chain(optax.clip_by_global_norm(spec.clip), update) if spec.clip else update
 
 
-def _scheduled(spec: OptimSpec, steps: int, step: int) -> dict[str, float]:
-    return {
-        "lr": float(spec.lr_schedule(steps)(step)),
-        "weight_decay": float(spec.weight_decay_schedule(steps)(step)),
-    }
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """How a recipe gets its optimizer, and what the log shows of it. The default follows the schedules.
-
-    Attributes:
-      make: (specification, updates of the run, what decays) -> transformation.
-      learned: optimizer state -> scalars to log that the optimizer has set itself; runs inside the jitted step.
-      scheduled: (specification, updates of the run, step) -> what the schedules say at a step.
-    """
-
-    make: Callable[[OptimSpec, int, Mask], optax.GradientTransformation] = adamw
-    learned: Callable[[Any], dict[str, jax.Array]] = lambda opt_state: {}
-    scheduled: Callable[[OptimSpec, int, int], dict[str, float]] = _scheduled
+def scheduled(spec: OptimSpec, steps: int) -> Log:
+    """What the log shows of `adamw`."""
+    lr, weight_decay = spec.lr_schedule(steps), spec.weight_decay_schedule(steps)
+    return lambda opt_state, step: {"lr": lr(step), "weight_decay": weight_decay(step)}

@@ -15,16 +15,17 @@ EvalFn = Callable[[Any], Iterable[tuple[str, float]]]
 class Recipe(Protocol):
     """A training method as pure functions; a frozen dataclass implements it. See jepa/recipe.py."""
 
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer, its schedules included."""
+        ...
+
     def init(self, key: jax.Array) -> Any:
         """Trainable parameters, a nested dict."""
         ...
 
     def init_extra(self, params: Any) -> dict:
-        """State beside the parameters, such as an EMA target. {} for none."""
-        ...
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer, its schedules included."""
+        """Other state than the parameters, such as an EMA target. {} for none."""
         ...
 
     def loss(
@@ -45,10 +46,7 @@ class Recipe(Protocol):
         """Logical axes of everything in `extra`."""
         ...
 
-    def learned(self, opt_state: Any) -> dict[str, jax.Array]:
-        """Scalars that the optimizer has set itself, for the log; {} for none. Runs inside the jitted step."""
-        ...
-
-    def schedules(self, step: int) -> dict[str, float]:
-        """Scheduled values at a step, for the log."""
+    def log(self, opt_state: Any, step: jax.Array, /) -> dict[str, jax.Array]:
+        """Scalars of update `step` for the log, such as its learning rate: scheduled, or learned and in the optimizer's
+        state after the update. Runs inside the jitted step."""
         ...

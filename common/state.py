@@ -34,7 +34,7 @@ def init_state(recipe: Recipe, key: jax.Array) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=recipe.optimizer().init(params),
+        opt_state=recipe.tx.init(params),
         extra=recipe.init_extra(params),
         key=k_steps,
     )
@@ -46,7 +46,7 @@ def state_shardings(recipe: Recipe, mesh: Mesh, rules: Rules = PARAM_RULES) -> t
     params = shardings(abstract.params, recipe.param_axes(abstract.params), mesh, rules)
     extra = shardings(abstract.extra, recipe.extra_axes(abstract.extra), mesh, rules)
     opt_state = optax.tree_utils.tree_map_params(
-        recipe.optimizer(),
+        recipe.tx,
         lambda _, sharding: sharding,
         abstract.opt_state,
         params,

@@ -199,7 +199,7 @@ class Loop:
     # first step of the dispatch, which of its steps, metrics of all, seconds a step
     pending: list[tuple[int, int, Metrics, float]] = field(default_factory=list)
     in_flight: list[Any] = field(default_factory=list)
-    step_fn: Any = field(init=False)  # jitted, then the compiled program
+    step_fn: Any = field(init=False)  # jitted, and compiled with the first dispatch
     state: TrainState = field(init=False)  # donated to every step: nothing else may hold it
     first: int = field(init=False)  # the step that this start begins with
     writer: Writer = field(init=False)
@@ -232,7 +232,7 @@ class Loop:
         if self.spec.profile_steps:
             begin = self.spec.profile_start
             self.profile = ProfileWindow(self.workdir, begin, begin + self.spec.profile_steps)
-        # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other for ever.
+        # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other forever.
         one_by_one = jax.default_backend() == "cpu" and self.mesh.size > 1
         self.most_in_flight = 0 if one_by_one else 2
         self.plain = auto_mesh(self.mesh)  # for evaluations
@@ -288,11 +288,10 @@ class Loop:
             self.ledger.charge("step")
             if not all(map(math.isfinite, values.values())):
                 self._stop_at_non_finite()
-            row = values | self.recipe.schedules(step)
             if seconds:
-                row |= {"images_per_second": self.spec.batch / seconds}
-                row |= {name: part / seconds for name, part in self.in_a_second.items()}
-            self.writer.write(step + 1, row)
+                values |= {"images_per_second": self.spec.batch / seconds}
+                values |= {name: part / seconds for name, part in self.in_a_second.items()}
+            self.writer.write(step + 1, values)
 
     def keep_pace(self, step: int, metrics: Metrics) -> None:
         """Waits where too many dispatches are in flight, and notes the steps whose metrics are to be written."""
@@ -312,7 +311,7 @@ class Loop:
             self.profile(step, metrics)
 
     def settle(self, step: int) -> None:
-        """Before the state is used: the rows so far, and the certainty that it did take every step."""
+        """Writes the rows so far and checks that the state took every step: called before the state is used."""
         self.write_previous()
         if int(self.state.step) != step:
             self._stop_at_non_finite()
@@ -337,7 +336,7 @@ class Loop:
         self.ledger.charge("save")
 
     def leave_if_told(self, step: int) -> None:
-        """After a signal: saves and raises Preempted."""
+        """Saves and raises Preempted if a signal came."""
         if self.guard.reached(step):
             self.save(step, wait=True)
             raise Preempted(f"stopped by a signal at step {step}; the state is saved")
@@ -352,7 +351,7 @@ class Loop:
         self.leave_if_told(last)
         if failed := self.evaluate(last):
             raise EvaluationFailed(
-                f"evaluation {failed}; the trained state is saved: mend that and start the same command again, "
+                f"evaluation {failed}; the trained state is saved: fix that and start the same command again, "
                 "which repeats only this"
             )
         self.leave_if_told(last)

@@ -1,7 +1,7 @@
 """The jitted train step, the same for every recipe."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,13 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
 
     `expected` is the step the caller believes it is at. Once a loss or gradient is not finite the state stops moving,
     its step included; later calls then find `state.step != expected`, change nothing either, and report a NaN
-    `grad_norm`. So whatever the host has already dispatched, the last good state survives, and the host notices
+    `grad_norm`. So the last good state survives all that the host has already dispatched, and the host notices
     however rarely it looks.
 
     Args:
       recipe: see common/recipe.py.
       accumulate: microbatches per update; the batch's leading axis is split into that many parts.
     """
-    optimizer = recipe.optimizer()
 
     def gradients(state: TrainState, batch: dict, key: jax.Array):
         grad_fn = jax.value_and_grad(recipe.loss, has_aux=True)
@@ -53,7 +52,7 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = _placed_like(state.params, gradients)(state, batch, key)
         grad_norm = jnp.where(state.step == expected, optax.tree.norm(grads), jnp.nan)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         moved = state.replace(
             step=state.step + 1,
@@ -67,8 +66,8 @@ def make_train_step(recipe: Recipe, accumulate: int = 1) -> Step:
         keep = jax.tree.map(
             lambda new, old: new if new is old else jnp.where(good, new, old), moved, state
         )
-        learned = {name: mean(value) for name, value in recipe.learned(keep.opt_state).items()}
-        return keep, metrics | learned | {"grad_norm": mean(grad_norm)}
+        logged = {k: mean(value) for k, value in recipe.log(keep.opt_state, state.step).items()}
+        return keep, metrics | logged | {"grad_norm": mean(grad_norm)}
 
     return step
 
@@ -86,9 +85,11 @@ def make_dispatch(step: Step) -> Callable[..., tuple[TrainState, Metrics]]:
     """
 
     def dispatch(state: TrainState, inputs: tuple[dict, ...], first: jax.Array, prepare: Prepare):
-        prepared: Callable = prepare
+        prepared: Prepare = prepare
         if jax.sharding.get_abstract_mesh().explicit_axes:
-            prepared = jax.sharding.auto_axes(prepare, out_sharding=jax.P(BATCH_AXES))
+            prepared = cast(
+                Prepare, jax.sharding.auto_axes(prepare, out_sharding=jax.P(BATCH_AXES))
+            )
 
         def one(state: TrainState, numbered: tuple[jax.Array, dict]):
             i, batch = numbered

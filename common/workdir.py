@@ -28,13 +28,13 @@ class WorkdirError(ValueError):
 def hold(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Makes the folder, holds it for this run alone, and yields its path ("~" expanded).
 
-    Of several processes the first holds it, and all make sure that they see the same folder: call on
+    With several processes the first holds it, and all make sure that they see the same folder: call on
     every one. All get the same error. On the way out, folders that were made here and are still empty
     are removed. See common/lease.py for what becomes of a killed run's hold.
 
     Raises:
       WorkdirError: it cannot be made or written, another run holds it, or a process does not see it.
-      NoSpaceError: for whatever fails inside because the disk is full.
+      NoSpaceError: anything inside failed because the disk is full.
     """
     if not os.fspath(path):
         raise WorkdirError("the workdir has no name: give one")
@@ -104,7 +104,7 @@ def _unusable(folder: Path, error: OSError) -> WorkdirError:
         why = f"{in_the_way[0]} is not a folder"
     else:
         why = reasons.get(error.errno or 0) or error.strerror or str(error)
-    return WorkdirError(f"workdir {folder}: {why}; mend that, or name another folder")
+    return WorkdirError(f"workdir {folder}: {why}; fix that, or name another folder")
 
 
 def _check_all_see(folder: Path, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs beside each other: their curves in one picture, and how each ended as a table.
+"""Runs side by side: their curves in one picture, and how each ended as a table.
 
   python -m experiments.compare runs/by_hand runs/auto --series=loss,lr,weight_decay --out=compare.png
 

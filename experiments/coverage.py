@@ -1,6 +1,6 @@
 """What became of every number that the papers print: docs/results/coverage.md, which experiments/tables.py writes.
 
-The numbers are in experiments/PAPER/published.csv, what became of them in coverage.csv beside it. A number's column is that
+The numbers are in experiments/PAPER/published.csv, what became of them in coverage.csv there. A number's column is that
 of the first line whose pattern of ids fits it and which fills the column:
 
   rows      the pattern, as a shell has it: "table2/*/4+*"

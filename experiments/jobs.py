@@ -45,7 +45,7 @@ SETTINGS = {
 # Those that several processes can run as one; each process of another would do all of the work, and write its own rows.
 SEVERAL_PROCESSES = frozenset({"jepa_pretrain", "sinks_pretrain"})
 
-# What a user can cause and mend: reported as one line. Anything else is our bug and keeps its traceback.
+# What a user can cause and fix: reported as one line. Anything else is our bug and keeps its traceback.
 KNOWN_ERRORS = (ConfigError, StructureError, DamagedError, WorkdirError, NoSpaceError, ImageError)
 
 OUT_OF_MEMORY = (

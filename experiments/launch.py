@@ -6,7 +6,7 @@
 
 The part after ":" is the config's own argument (`smoke` shrinks any config to a few steps on a laptop);
 `--config=PATH.py --help` lists its arguments and settings. `--config.GROUP.NAME=None` unsets one that may be None. Started
-again in the same workdir, a run continues exactly where its last checkpoint stands, and one that is done says so. A start
+again in the same workdir, a run continues exactly from its last checkpoint, and a finished one says so. A start
 with other settings is refused; --resume=changed takes them on purpose, and the row then tells what changed at which step. A
 workdir serves one run at a time. Exit codes: 0 done, 1 failed (also a full disk, or a final evaluation that failed: the same
 command does what is left), 2 a setting or input is wrong, 75 stopped by a signal with its state saved (start it again), 130
@@ -72,6 +72,10 @@ def main(argv: list[str]) -> int:
 def _launch(argv: list[str]) -> int:
     if usage.wanted(argv):
         return _help(argv)
+    # Before a config is read: what it imports would set logging up its own way.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    logging.getLogger("triptych").setLevel(logging.INFO)
     try:
         argv, unset = usage.without_none(argv)
         unused = flags.FLAGS(argv)[1:]
@@ -86,10 +90,6 @@ def _launch(argv: list[str]) -> int:
         return _fail(
             f"{' '.join(unused)} is not understood; settings are --config.GROUP.NAME=VALUE"
         )
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    logging.getLogger("triptych").setLevel(logging.INFO)
-
     where = f"{config.get('job')} {config.get('name', '')} in {_WORKDIR.value}"
     logging.getLogger("triptych").info("%s: loading ...", where)
 

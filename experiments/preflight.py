@@ -28,7 +28,7 @@ from experiments.shared.old_settings import as_before
 # This process compiles for TPUs and runs nothing: the CPU is its only device, and no cloud is asked about a TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# It drives no chip, so a training run beside it may hold libtpu's lock.
+# It drives no chip, so a training run at the same time may hold libtpu's lock.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -51,7 +51,7 @@ class Report:
       flops: of the whole step, all chips, matrix products only.
       collectives: kind -> (count, GiB moved through one chip), loops counted in full.
       seconds_at_peak: FLOPs over the pod's bf16 peak: the least time a step can take.
-      config_hash, libtpu: of the whole config, and the compiler's version; "" in rows of before they were kept.
+      config_hash: the whole config's. libtpu: the compiler's version. Both are "" in older rows.
     """
 
     config: str
@@ -247,7 +247,7 @@ def describe(r: Report) -> str:
 
 
 def write_table(table: list[dict[str, Any]], report: Report) -> list[dict[str, Any]]:
-    """The committed table with this report in the place of an older one, written at once: a compilation takes minutes."""
+    """The committed table with this report instead of an older one, written at once: a compilation takes minutes."""
     key = (report.config, report.topology)
     rest = [row for row in table if (row["config"], row["topology"]) != key]
     table = sorted(

@@ -5,7 +5,7 @@
   jepa     pretrains I-JEPA on rendered scenes and probes it next to an untrained encoder and raw pixels
 
 Each part prints its table and leaves a picture and result rows in its folder of the workdir. Interrupted, it continues where
-it stood; what is done is not done again.
+it stood; finished parts are not run again.
 
   python -m experiments.reproduce [--only=jepa] [--workdir=runs/reproduce] [--seeds=1] [--epochs=N]
 """

@@ -1,4 +1,4 @@
-"""The reproduction tables of each paper and what they cover: docs/results/tables.md, and coverage.md beside it.
+"""The reproduction tables of each paper and what they cover: docs/results/tables.md, and coverage.md in the same folder.
 
   python -m experiments.tables [--results=experiments/results] [--out=docs/results/tables.md] [--check]
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         "--out",
         type=Path,
         default=HERE.parent / "docs" / "results" / "tables.md",
-        help="file to write, with coverage.md beside it",
+        help="file to write, with coverage.md in the same folder",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
     args = parser.parse_args(argv)

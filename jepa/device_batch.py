@@ -6,6 +6,7 @@ that a batch equals the host's in distribution, not in bits.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class DeviceBatch:
                 f"{self.crop}: the device crops and flips, and does not colour or blur"
             )
 
-    def __call__(self, images: jax.Array, drawn: dict[str, jax.Array]) -> dict:
+    def __call__(self, images: jax.Array, drawn: dict[str, jax.Array]) -> dict[str, Any]:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(self.seed)))(drawn["row"])
         crop_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         masks = sample(self.masks, mask_keys)
@@ -57,7 +58,9 @@ def sample(spec: MaskSpec, keys: jax.Array) -> Masks:
     b, n, budget = len(keys), spec.grid[0] * spec.grid[1], spec.context_size
 
     def uniforms(draw: jax.Array | int, count: int) -> jax.Array:
-        return jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, draw), (count,)))(keys)
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, draw), (count,)))(
+            keys
+        )
 
     def again(drawn):
         draw, targets, free = drawn

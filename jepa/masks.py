@@ -346,7 +346,7 @@ def _validate_paper(spec: MaskSpec) -> None:
         if h * w <= spec.min_keep:
             raise ValueError(
                 f"a {name} block on grid {spec.grid} can have {h} x {w} = {h * w} patches, and "
-                f"min_keep {spec.min_keep} demands more (the released collator loops for ever); "
+                f"min_keep {spec.min_keep} demands more (the released collator loops forever); "
                 f"lower min_keep, or raise the grid or {name}_scale"
             )
 

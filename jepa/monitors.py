@@ -71,7 +71,7 @@ def cross_sample_gap(
 ) -> jax.Array:
     """Mean of cos(prediction, own target) - cos(prediction, another image's target there).
 
-    In [-2, 2]. 0 says that predictions ignore the image and know the position at most, whatever the
+    Lies in [-2, 2]. 0 says that predictions ignore the image and know the position at most, whatever the
     loss says (docs/papers/ijepa.md 6.3). The second term is the mean over all other images.
 
     Args:
@@ -148,9 +148,7 @@ def _report(tokens_BND, grid, prediction):
 
 
 def report(
-    tokens_BND: jax.Array,
-    grid: tuple[int, int],
-    prediction: tuple[jax.Array, ...] | None = None,
+    tokens_BND: jax.Array, grid: tuple[int, int], prediction: tuple[jax.Array, ...] | None = None
 ) -> dict[str, float]:
     """All monitors of one batch by name, for the log.
 

@@ -168,7 +168,7 @@ def _zero_heads(optimizer: str, H: int, D: int, C: int):
 
 
 def _on_device(x_ID, y_I, rows_SB) -> Iterator[tuple[slice, Any, Any, np.ndarray]]:
-    """For parts of the S steps, in order: (which, features and labels on the device, rows of these)."""
+    """Parts of the S steps, in order: (which, features and labels on the device, rows of these)."""
     if not isinstance(x_ID, HostRows):
         yield slice(None), x_ID, y_I, rows_SB
         return
@@ -204,7 +204,7 @@ def _fit(x_ID, y_I, rows, grid, num_classes, spec: ProbeSpec, progress: Progress
 
 
 def _accuracy(heads, x_ID, y_I, rows) -> np.ndarray:
-    """Of every head on `rows`, [H]."""
+    """The accuracy of every head on `rows`, [H]."""
     size = x_ID.chunk if isinstance(x_ID, HostRows) else len(rows)
     correct_H = 0
     for start in range(0, len(rows), size):
@@ -283,10 +283,7 @@ def linear_probe(
 
 
 def probe_all(
-    train: Features,
-    test: Features,
-    spec: ProbeSpec = ProbeSpec(),
-    progress: Progress | None = None,
+    train: Features, test: Features, spec: ProbeSpec = ProbeSpec(), progress: Progress | None = None
 ) -> dict[str, ProbeResult]:
     """Linear probes of every label set on the last layer and on the last four concatenated.
 

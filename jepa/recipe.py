@@ -12,7 +12,7 @@ import optax
 from common.metrics import Metrics
 from common.nn.layers import LOGICAL_AXES
 from common.nn.policy import Policy
-from common.optim import Optimizer, OptimSpec, decays
+from common.optim import Log
 from common.schedules import Schedule, linear
 from common.sharding import logical_axes
 from jepa.config import ViTConfig
@@ -47,22 +47,29 @@ class EmaSpec:
                 f"ema needs 0 <= start <= final <= 1, got {self.start} and {self.final}"
             )
 
+    def schedule(self, steps: int) -> Schedule:
+        """The momentum over `steps` updates."""
+        return linear(self.start, self.final, steps)
+
 
 @dataclass(frozen=True)
 class IJepa:
     """The recipe the train loop runs (protocol: common/recipe.py).
 
     `extra` holds {"target": the EMA encoder's parameters}, which evaluations use.
+
+    Attributes:
+      tx: the optimizer.  log_tx: what the log shows of it (common/optim.py).
+      momentum: the target encoder's, by update count (`EmaSpec.schedule`).
     """
 
     model: ViTConfig
     masks: MaskSpec
-    steps: int
-    optim: OptimSpec = OptimSpec()
-    ema: EmaSpec = EmaSpec()
+    tx: optax.GradientTransformation
+    momentum: Schedule
     objective: ObjectiveSpec = ObjectiveSpec()
     policy: Policy = Policy()
-    optimizing: Optimizer = Optimizer()
+    log_tx: Log = lambda opt_state, step: {}
 
     def __post_init__(self):
         if self.masks.grid != self.model.grid:
@@ -88,9 +95,6 @@ class IJepa:
     def init_extra(self, params: dict) -> dict:
         return {"target": jax.tree.map(jnp.copy, params["encoder"])}
 
-    def optimizer(self) -> optax.GradientTransformation:
-        return self.optimizing.make(self.optim, self.steps, decays)
-
     def loss(
         self, params: dict, extra: dict, batch: dict, key: jax.Array | None
     ) -> tuple[jax.Array, Metrics]:
@@ -98,13 +102,8 @@ class IJepa:
             self.encoder, self.predictor, self.objective, params, extra["target"], batch, key
         )
 
-    @cached_property
-    def momentum(self) -> Schedule:
-        """EMA momentum by update count."""
-        return linear(self.ema.start, self.ema.final, int(self.optim.schedule_scale * self.steps))
-
     def update_extra(self, extra: dict, params: dict, step: jax.Array) -> dict:
-        """After the optimizer: target <- m target + (1 - m) encoder."""
+        """The EMA, after the optimizer: target <- m target + (1 - m) encoder."""
         m = self.momentum(step)
         target = jax.tree.map(lambda t, p: m * t + (1 - m) * p, extra["target"], params["encoder"])
         return {"target": target}
@@ -115,12 +114,8 @@ class IJepa:
     def extra_axes(self, abstract: Any) -> Any:
         return logical_axes(abstract, AXES)
 
-    def learned(self, opt_state: Any) -> dict[str, jax.Array]:
-        return self.optimizing.learned(opt_state)
-
-    def schedules(self, step: int) -> dict[str, float]:
-        scheduled = self.optimizing.scheduled(self.optim, self.steps, step)
-        return scheduled | {"ema": float(self.momentum(step))}
+    def log(self, opt_state: Any, step: jax.Array) -> dict[str, jax.Array]:
+        return self.log_tx(opt_state, step) | {"ema": self.momentum(step)}
 
     def batch_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch, for compiling without data."""

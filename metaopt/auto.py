@@ -15,7 +15,7 @@ def top(nats: float = 1.0) -> optax.GradientTransformation:
     """The recommended upper optimizer: AdaGrad from an accumulator of zero, which has no scale to set.
 
     Behind `Guards.normalize` its n-th step is at most `nats / sqrt(n)` long, in the raw unit: with the log form a factor
-    e, whatever the task. While signals agree, `Guards.max_change` is what limits it.
+    e, for every task. While signals agree, `Guards.max_change` is what limits it.
     """
     return optax.adagrad(nats, initial_accumulator_value=0.0, eps=1e-30)
 

@@ -32,7 +32,7 @@ class Form:
     """
 
     tangents: Callable[..., dict[str, jax.Array]]
-    state_of: Callable[[Any], dict[str, Any]]
+    state_of: Callable[[Any], H]
     defaults: dict[str, Any]
     only: dict[str, Any]
     names: frozenset[str]
@@ -73,7 +73,7 @@ def _adam(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
         left = jnp.where(jnp.abs(left) < least, jnp.copysign(least, left), left)
     grow = 1 / left
     scalars = 1 / (1 - b1**t), 1 / (1 - b2**t), b1 ** (t - 1), b2 ** (t - 1), grow
-    # Without the barrier XLA's CPU compiler computes the powers anew for every element.
+    # Without the barrier XLA's CPU compiler computes the powers again for every element.
     i1, i2, p1, p2, grow = jax.lax.optimization_barrier(scalars)
     mh, vh = leaf["m"] * i1, leaf["v"] * i2
     S = jnp.sqrt(vh + h["eps_root"])
@@ -164,7 +164,7 @@ def find_form(factory: Any, constants: H, learned: Iterable[str]) -> tuple[Form,
         return None
     if any(constants.get(k, v) != v for k, v in form.only.items()):
         return None
-    # A schedule in place of a number: the value of the last step is not at hand.
+    # A schedule in place of a number: the value of the last step is not known.
     if any(callable(constants.get(k)) for k in form.defaults if k != "mask"):
         return None
     heavy_ball = factory is optax.sgd and not constants.get("nesterov", False)

@@ -62,7 +62,7 @@ class Guards:
         and `describe`: a keyword that is never learned is seen there.
       safe_sqrt: see metaopt/safe.py; without it one weight of zero gradient makes the signal of b2 NaN.
       normalize: signals are divided by their running root mean square and clipped to [-1, 1], so that the upper
-        optimizer's rate is in raw units a step (0.05: at most 5 % a step in the log form), whatever the task's units.
+        optimizer's rate is in raw units a step (0.05: at most 5 % a step in the log form), for every unit of the task.
       max_change: largest change of a raw value in a step; 0 for none.
       max_move: largest norm of an update relative to the parameters' norm; 0 for none. A longer update is shortened, and
         the learned rate with it: what makes a rate that is far too high harmless. Needs a learned rate. None, when not
@@ -98,7 +98,7 @@ class Guards:
         )  # fmt: skip
 
     def filled(self, max_move: float = 0.0, settle: int = 0) -> "Guards":
-        """With these in place of what was not given."""
+        """A copy with these values where none was given."""
         move = max_move if self.max_move is None else self.max_move
         if self.settle is not None:
             settle = self.settle
@@ -187,7 +187,7 @@ def init_guards(guards: Guards, rule: Rule, raw: Values, params: Params) -> Guar
 def counted(guards: Guards, state: GuardState, signals: Values) -> tuple[Values, GuardState]:
     """Signals with zero for what is not finite, and their count.
 
-    Where signals are normalised their squares must be finite, too: an infinite mean square would stay for ever.
+    Where signals are normalised their squares must be finite, too: an infinite mean square would stay forever.
     """
     bad = jax.tree.map(lambda h: ~jnp.isfinite(h * h if guards.normalize else h), signals)
     skipped = tuple(n + b.astype(n.dtype) for n, b in zip(state.skipped, row(bad), strict=True))
@@ -232,7 +232,7 @@ def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Valu
 
 
 def peaked(guards: Guards, rule: Rule, state: GuardState, raw: Values, start: Any) -> GuardState:
-    """The largest rate so far, and the present one as a share of it; where `start` is true, they begin anew."""
+    """The largest rate so far, and the present one as a share of it; where `start` is true, both start again."""
     if guards.rate not in raw:
         return state
     rate = rule.learned[guards.rate].unscheduled(raw[guards.rate])

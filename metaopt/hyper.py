@@ -75,7 +75,7 @@ def hyper(
       by: any optax transformation; it updates the raw values from their hypergradients. `hyper(...)` again for a tower
         of any height. With the default guards its rate is the change of a raw value a step.
       guards: see `Guards`; None for none, as the paper has it.
-      mode: how the derivative of the last update is had (metaopt/signals.py). "auto" takes the one with the least memory;
+      mode: how the last update is differentiated (metaopt/signals.py). "auto" takes the one with the least memory;
         `describe(state)` says which, and what it costs.
       trace: how far back signals look; the last update alone by default.
       axis_name: mesh axes over which parameters are split by hand, in `jax.shard_map`. Not for arrays that `jax.jit` shards.

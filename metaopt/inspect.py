@@ -91,7 +91,7 @@ def _level(level: HyperState) -> dict[str, jax.Array]:
 
 
 def describe(opt_state: OptState) -> str:
-    """A line for each level: what it learns, how its signal is had, the extra memory, and, of a state with numbers in it,
+    """A line for each level: what it learns, how its signal is computed, its extra memory, and, if the state has numbers,
     what was never judged. Takes abstract states, too."""
     lines = []
     for label, tower in towers(opt_state).items():
@@ -101,7 +101,7 @@ def describe(opt_state: OptState) -> str:
             base = _bytes(level.base)
             lines.append(
                 f"{label}{', ' * bool(label)}level {height}: learns {', '.join(level.raw)}; {mode} signal, {extra:,} extra "
-                f"bytes beside the base optimizer's {base:,}{_skipped(level)}"
+                f"bytes on top of the base optimizer's {base:,}{_skipped(level)}"
             )
     return "\n".join(lines)
 

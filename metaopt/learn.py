@@ -31,7 +31,7 @@ _INF = math.inf
 BIJECTORS = {
     b.name: b
     for b in (
-        # One unit of raw is a factor e, whatever the task: the default for everything positive.
+        # One unit of raw is a factor e for every task: the default for everything positive.
         Bijector("log", jnp.exp, lambda y, xp: xp.log(y), (0, _INF), (1e-12, 1e6)),
         # 1 - b2 changes by a factor, too. Nearer to 1, bias correction loses its digits in float32.
         Bijector("logit", jax.nn.sigmoid, lambda y, xp: xp.log(y / (1 - y)), (0, 1), (1e-3, 1 - 1e-5)),
@@ -57,7 +57,7 @@ class Learn:
     schedule: Callable[[Any], Any] | None
 
     def resolved(self, name: str) -> "Learn":
-        """With the defaults of keyword `name`; raises ValueError if the initial value does not fit."""
+        """A copy with the defaults of keyword `name`; raises ValueError if the initial value does not fit."""
         bijector = self.bijector or BIJECTORS["logit" if name in DECAYS else "log"]
         low, high = self.bounds or bijector.bounds
         (least, most), value = bijector.domain, self.init

@@ -24,7 +24,7 @@ class _Arrays(NamedTuple):
 
 
 class _Layout(type):
-    """Of a `Packed`: which tree it holds is a matter of its class. A named tuple of arrays is what every way of saving
+    """The content of a `Packed`: its class says which tree it holds. A named tuple of arrays is what every way of saving
     knows, flax.serialization and orbax included."""
 
     structure: Any

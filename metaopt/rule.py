@@ -32,7 +32,7 @@ def named(names: Iterable[str], row: tuple[Any, ...]) -> dict[str, Any]:
 class Rule:
     """`factory(**constants, **values)`, where only the values are learned.
 
-    The factory is called anew inside each traced update: what is not learned stays a Python constant, so rounding,
+    The factory is called again inside each traced update: what is not learned stays a Python constant, so rounding,
     branches and integer arguments are those of plain optax.
     """
 
@@ -85,7 +85,7 @@ class Rule:
     # Values.
 
     def dtype(self, tree: Params) -> Any:
-        """Of hyperparameters: float32, whatever the parameters are, or float64 next to float64 ones. Real numbers."""
+        """The type of hyperparameters: float64 next to float64 parameters, else float32. Always real."""
         return jnp.result_type(jnp.float32, *(real(x.dtype) for x in jax.tree.leaves(tree)))
 
     def init_raw(self, params: Params) -> Values:
@@ -99,7 +99,7 @@ class Rule:
 
     def values(self, raw: Values, count: jax.Array) -> Values:
         values = {name: spec.value(raw[name], count) for name, spec in self.learned.items()}
-        # Without the barrier XLA's CPU compiler computes exp(raw) anew for every element of the model.
+        # Without the barrier XLA's CPU compiler computes exp(raw) again for every element of the model.
         return jax.lax.optimization_barrier(values)
 
     def by_hand(
@@ -227,7 +227,7 @@ def make_rule(
 
 
 def probe_tree() -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes that stand in for parameters where none are at hand."""
+    """Shapes that stand in for parameters."""
     return {
         "a": jax.ShapeDtypeStruct((4, 4), jnp.float32),
         "b": jax.ShapeDtypeStruct((4,), jnp.float32),
@@ -240,7 +240,7 @@ def needs_value(rule: Rule) -> bool | None:
     for extra in ({}, {"value": jnp.zeros(())}):
         try:
             _trace_update(rule, probe_tree(), extra)
-        except Exception:  # whatever a factory raises
+        except Exception:  # a factory may raise anything
             continue
         return bool(extra)
     return None
@@ -250,7 +250,7 @@ def needs_params(rule: Rule) -> bool:
     """Whether the update refuses to go without parameters, as weight decay does."""
     try:
         _trace_update(rule, None, {"value": jnp.zeros(())} if needs_value(rule) else {})
-    except Exception:  # whatever a factory raises
+    except Exception:  # a factory may raise anything
         return True
     return False
 

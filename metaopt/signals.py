@@ -26,16 +26,7 @@ from optax import OptState, Params, Updates
 
 from metaopt.closed import decay_mask, find_form, off_one
 from metaopt.guards import parts_of
-from metaopt.rule import (
-    Rule,
-    Values,
-    named,
-    needs_params,
-    needs_value,
-    probe_tree,
-    real,
-    row,
-)
+from metaopt.rule import Rule, Values, named, needs_params, needs_value, probe_tree, real, row
 from metaopt.safe import safe_roots
 
 
@@ -76,7 +67,7 @@ class Trace:
         """The memory with the term of update `count` (from 0).
 
         A derivative that is not finite makes the next signal so, which counts as zero, and is then forgotten: once added, it
-        would stay for ever.
+        would stay forever.
         """
 
         def add(z, t):
@@ -111,7 +102,7 @@ class Step(NamedTuple):
 
 
 class Mode(Protocol):
-    """How du/dh is had. `raw`, `count` are those of the update that the memory is about."""
+    """How du/dh is computed. `raw`, `count` are those of the update that the memory is about."""
 
     @property
     def reads_all(self) -> bool:

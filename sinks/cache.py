@@ -36,7 +36,7 @@ class CacheSpec:
     """How much is remembered, and how.
 
     Attributes:
-      sinks: S, the first tokens of the stream, kept for ever. 0 is window attention.
+      sinks: S, the first tokens of the stream, kept forever. 0 is window attention.
       recent: R, past tokens that a query sees besides the sinks and itself. As long as the stream: dense attention.
       dtype: of keys and values.
       int8: keep the ring in 8 bits, with one float32 scale per token and head; the sinks stay in `dtype`. (Scales belong
@@ -101,7 +101,7 @@ def abstract(
     """The cache as shapes."""
     G, K, S, R = config.kv_heads, config.head_dim, spec.sinks, spec.recent
     dtype = jnp.dtype(spec.dtype)
-    if dtype != jax.dtypes.canonicalize_dtype(dtype):  # would be float32 without a word
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):  # would be float32 silently
         raise ValueError("cache dtype 'float64' needs JAX's 64-bit mode: jax.enable_x64(True)")
     shape: Any = jax.ShapeDtypeStruct  # in the places of arrays
     rows = (config.depth, batch, G)

@@ -4,7 +4,7 @@
   python -m sinks.chat --model=folder/ --sinks=4 --recent=1020 --temperature=0.7 --top_p=0.9 --seed=1
 
 The model sees the first tokens of the conversation and the most recent ones. What lies between is forgotten: the stream goes
-on for ever. A message may be longer than what is remembered: it is streamed.
+on forever. A message may be longer than what is remembered: it is streamed.
 
   Ctrl-C         stops an answer, or the reading of a message: the next message then goes on with what was read of it
   Alt-Enter      begins a new line of the message; several lines that are pasted are one message; arrow keys edit, and bring
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="smollm2-135m", help="name, .gguf file, folder, owner/name")
-    add("--sinks", type=int, default=4, help="first tokens kept for ever")
+    add("--sinks", type=int, default=4, help="first tokens kept forever")
     add("--recent", type=int, default=1020, help="recent tokens kept")
     add("--int8", action="store_true", help="keep the recent tokens in 8 bits")
     add(
@@ -149,11 +149,11 @@ def _converse(
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            # A template may refuse whatever comes after what was said.
-            anew = (
+            # A template may refuse everything after what was said.
+            restart = (
                 "" if message.startswith("/") or not talk.length else "; /new begins a new stream"
             )
-            say(f"error: {error}{anew}", error=True)
+            say(f"error: {error}{restart}", error=True)
     _offer_to_save(talk, read)
 
 
@@ -224,7 +224,7 @@ def _watched(talk: Conversation, stopped: threading.Event) -> Callable[[], bool]
 
 
 def _offer_to_save(talk: Conversation, read: Callable[[str], str]) -> None:
-    """Before leaving: asks where to keep a stream that is not saved, or, where nobody can answer, names it."""
+    """Asks at the end where to keep a stream that is not saved; warns where nobody can answer."""
     ask = "{:,} tokens of the stream are not saved"
     if talk.unsaved and not sys.stdin.isatty():
         say(ask.format(talk.unsaved))

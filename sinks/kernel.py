@@ -46,7 +46,7 @@ def mix(
       sink_k, sink_v: [B, G, S, K], read by q_sink; recent_k, recent_v: [B, G, M, K], read by q_recent; sink_j, recent_j:
         their token indices [B, S], [B, M].
       t, evicted: [B, T].
-      sinks: how many first tokens are sinks: for distances, whatever the number of sink_k.
+      sinks: how many first tokens are sinks; distances depend on it, not on the number of sink_k.
       slopes, no_key: ALiBi's slope and the logit of no key, per head [G, Q]; 0 and -inf for none.
       scales: of recent_k and recent_v where they are int8: float32 [B, G, M] each.
       interpret: run without a TPU, slowly.

@@ -123,7 +123,7 @@ def _named(path: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        folder = path if path.is_dir() else path.parent  # of a tokenizer beside a GGUF file
+        folder = path if path.is_dir() else path.parent  # of a tokenizer next to a GGUF file
         if isinstance(error, ValueError) and str(folder) in str(error):
             raise
         raise ValueError(f"{path} {UNFORESEEN} ({type(error).__name__}: {error})") from error
@@ -241,7 +241,7 @@ def _perplexity(config: ModelConfig, params: Params, ids_BT: jax.Array) -> jax.A
 
 
 def _pairs_to_halves(n: int) -> np.ndarray:
-    """Where features lie that come as rotated pairs side by side, and should be half a head apart."""
+    """The order that puts rotated pairs, stored side by side, half a head apart."""
     return np.arange(n).reshape(-1, 2).T.reshape(-1)
 
 

@@ -78,7 +78,7 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Param
 def fingerprint(params: Params) -> int:
     """A checksum of some numbers of every parameter, uint32, that tells weights of one shape apart.
 
-    Of parameters as they were loaded, before `stream.prepare`. Taken in bfloat16, so that it is the same for both dtypes.
+    For parameters as they were loaded, before `stream.prepare`. In bfloat16, so that it is the same for both dtypes.
     """
 
     def sample(p):

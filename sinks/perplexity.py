@@ -48,7 +48,7 @@ class Tally:
 
     @property
     def standard_error(self) -> float:
-        """Of `mean`, were the predictions drawn at random: what a sample of places does not know about the rest."""
+        """The standard error of `mean`, as if the predictions were drawn at random: what a sample says of the rest."""
         if self.count < 2:
             return math.nan
         variance = max(0.0, self.squares / self.count - self.mean**2)

@@ -161,7 +161,9 @@ def make_policy(
     if name in ("dense", "window"):
         sinks = 0
     if cache_size <= sinks:
-        raise ValueError(f"cache_size={cache_size} leaves no room beside sinks={sinks}: enlarge it")
+        raise ValueError(
+            f"cache_size={cache_size} leaves no room next to sinks={sinks}: enlarge it"
+        )
     block = block if name == "evict_for_space" else 0
     return Cached(CacheSpec(sinks, cache_size - sinks, **spec), block)
 

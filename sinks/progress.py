@@ -1,4 +1,4 @@
-"""One bar for whatever takes longer than two seconds, on stderr, so that what a job prints can be piped."""
+"""One bar for all that takes longer than two seconds, on stderr, so that what a job prints can be piped."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from common.metrics import Metrics, mean
-from common.optim import Optimizer, OptimSpec
+from common.optim import Log
 from sinks import params as layouts
 from sinks import stream
 from sinks.cache import CacheSpec
@@ -33,16 +33,16 @@ class LanguageModel:
 
     Attributes:
       model: its vocabulary ends in the sink tokens.
+      tx: the optimizer (`decays` says what of the parameters decays).  log: what the log shows of it.
       sink_tokens: S, in front of every sample, in training as in streaming.
       compute: type of the products' operands, "float32" or "bfloat16"; parameters stay float32.
     """
 
     model: ModelConfig
-    steps: int
-    optim: OptimSpec = OptimSpec()
+    tx: optax.GradientTransformation
     sink_tokens: int = 0
     compute: str = "float32"
-    optimizing: Optimizer = Optimizer()
+    log: Log = lambda opt_state, step: {}
 
     def __post_init__(self):
         if self.compute not in ("float32", "bfloat16"):
@@ -58,9 +58,6 @@ class LanguageModel:
 
     def init_extra(self, params: dict) -> dict:
         return {}
-
-    def optimizer(self) -> optax.GradientTransformation:
-        return self.optimizing.make(self.optim, self.steps, decays)
 
     def loss(
         self, params: dict, extra: dict, batch: dict, key: jax.Array | None
@@ -90,12 +87,6 @@ class LanguageModel:
     def extra_axes(self, abstract: Any) -> Any:
         return {}
 
-    def learned(self, opt_state: Any) -> dict[str, jax.Array]:
-        return self.optimizing.learned(opt_state)
-
-    def schedules(self, step: int) -> dict[str, float]:
-        return self.optimizing.scheduled(self.optim, self.steps, step)
-
 
 def decays(params: dict) -> dict:
     """True for what weight decay applies to: kernels and embeddings, not biases, norms and sink logits."""
@@ -112,8 +103,6 @@ def variant(name: str, model: ModelConfig, **recipe: Any) -> LanguageModel:
         raise ValueError(f"variant {name!r}: known are {', '.join(SINK_TOKENS)}")
     count = SINK_TOKENS[name]
     model = replace(
-        model,
-        vocab_size=model.vocab_size + count,
-        sink_logits=SINK_LOGITS.get(name, "none"),
+        model, vocab_size=model.vocab_size + count, sink_logits=SINK_LOGITS.get(name, "none")
     )
     return LanguageModel(model, sink_tokens=count, **recipe)

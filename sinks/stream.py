@@ -2,8 +2,8 @@
 
     config, params, tokenizer = sinks.load("smollm2-135m")
     params = stream.prepare(params)
-    cache = cache.init(config, CacheSpec(sinks=4, recent=1020))
-    logits_BV, cache = stream.extend(config, params, cache, [tokenizer.encode(text)])
+    memory = cache.init(config, CacheSpec(sinks=4, recent=1020))
+    logits_BV, memory = stream.extend(config, params, memory, [tokenizer.encode(text)])
 
 Legend: B batch, T tokens, D width, V vocabulary, L layers.
 """
@@ -19,15 +19,7 @@ import numpy as np
 
 from sinks import models
 from sinks.attention import attend, make_plan
-from sinks.cache import (
-    MAX_LENGTH,
-    Cache,
-    CacheSpec,
-    Layer,
-    check_cache,
-    check_unused,
-    update,
-)
+from sinks.cache import MAX_LENGTH, Cache, CacheSpec, Layer, check_cache, check_unused, update
 from sinks.config import ModelConfig
 from sinks.models.layers import Rows
 from sinks.sampling import Sampling, sample
@@ -35,12 +27,8 @@ from sinks.sampling import Sampling, sample
 Params = dict[str, Any]
 Tokens = Sequence[int] | np.ndarray
 
-CHUNKS = (
-    1,
-    16,
-    128,
-    1024,
-)  # lengths that `extend` compiles for; what is left over is padded to the next
+# Lengths that `extend` compiles for; what is left over is padded to the next.
+CHUNKS = (1, 16, 128, 1024)
 
 JOINED = (("q", "k", "v"), ("gate", "up"))  # products of one input
 
@@ -52,7 +40,7 @@ def prepare(params: Params, *, stacked: bool | None = None, int8: bool = False) 
       stacked: blocks on one leading axis, for `lax.scan`, or a tuple of blocks with their weights as `layers.Rows`.
         Default: a tuple on CPU, where slicing a block out of the stack copies it.
       int8: weights in 8 bits, in a tuple, with a float32 scale for each output: a quarter of what a token reads. The
-        embeddings stay as they are. Activations are not cut to 8 bits: a product takes them as two such numbers.
+        embeddings stay as they are. Activations keep their precision: a product takes each as the sum of two 8-bit numbers.
     """
     blocks, is_stacked = params["blocks"], isinstance(params["blocks"], dict)
     if stacked is None:
@@ -159,7 +147,7 @@ def _run_blocks(
         return jax.lax.scan(one_block, x_BTD, (blocks, layers))
     kept = []
     for i, p in enumerate(blocks):
-        layer = cache and {x: sinks[i] for x, sinks in cache.sinks.items()} | cache.ring[i]
+        layer = cache and {x: stack[i] for x, stack in cache.sinks.items()} | cache.ring[i]
         x_BTD, new = one_block(x_BTD, (p, layer))
         kept.append(new)
     # Stacked, so that a step hands few arrays from program to program: each costs microseconds.
@@ -323,7 +311,7 @@ def check_stream(
     seen = int(jnp.max(cache.length)) + max(map(len, rows))
     if seen > MAX_LENGTH:
         raise ValueError(
-            f"a stream holds {MAX_LENGTH} tokens, this one would have {seen}: begin anew"
+            f"a stream holds {MAX_LENGTH} tokens, this one would have {seen}: start a new one"
         )
 
 

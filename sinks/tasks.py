@@ -110,7 +110,7 @@ class StreamEval:
 
     @property
     def lines(self) -> int:
-        """Of a text."""
+        """Token ids of a text."""
         return max(self.distances) + self.every * self.queries
 
     def task(self, seed: int) -> Task:

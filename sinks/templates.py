@@ -5,7 +5,7 @@ so far, beyond what it rendered before; the model's answers stand in the stream 
 begins is found by rendering the conversation with a mark in the last answer's place: all before the mark must be what was
 read before, all after it is new, such as "<|im_end|>", the message, and the opening of the next answer.
 
-A template with which this cannot be had is refused, before anything is read: one that renders earlier turns otherwise once
+A template that does not allow this is refused, before anything is read: one that renders earlier turns differently once
 there are later ones (a system message that moves to the last turn, a "<think>" that opens an answer and is gone from it
 later), or that does not show an answer exactly once.
 
@@ -84,7 +84,7 @@ class Dialog:
         whole, text = whole + opening, text + opening
         if not text.startswith(self.held):
             raise ValueError(
-                "the chat template renders this message otherwise than the part of it that was read before: begin anew"
+                "the chat template renders this message otherwise than the part of it that was read before: start a new one"
             )
         ids, places = self._tokens(text, len(self.held))
         return Turn(content, text, ids, places, len(whole), _digest(whole))
@@ -101,10 +101,10 @@ class Dialog:
             self.messages[-1]["content"] = NO_ANSWER
 
     def stops_at(self, turn: Turn, count: int) -> tuple[int, int]:
-        """Where the reading of a turn can stop once `count` of its tokens were read: after these or a few more.
+        """The place where the reading of a turn can stop once `count` of its tokens were read: after these or a few more.
 
         Returns the tokens, and the characters of `turn.text` that they are: all of it behind the message's end, or where the
-        template shows the message otherwise than it is. Never within a character.
+        template changes the message. Never within a character.
         """
         first, last = self._message_in(turn)
         for n in range(max(count, 1), len(turn.ids)):
@@ -210,7 +210,7 @@ class Dialog:
         return True
 
     def _message_in(self, turn: Turn) -> tuple[int, int]:
-        """Where the user's message lies in `turn.text`; nowhere, (0, 0), where the template shows it otherwise."""
+        """Where the user's message lies in `turn.text`; nowhere, (0, 0), where the template changes it."""
         mark = _mark(self.messages) + "u"
         messages = [*self.messages, _user(mark)]
         whole, shown = self._render(messages)
@@ -245,7 +245,7 @@ def new_dialog(tokenizer: Tokenizer, system: str = "", now: datetime | None = No
             _try_out(tokenizer, "", now)
         except ValueError:
             raise error from None
-        raise ValueError(f"{error}. It can be had without the system message") from error
+        raise ValueError(f"{error}. It works without the system message") from error
 
 
 def restore(tokenizer: Tokenizer, state: dict[str, Any]) -> Dialog:

@@ -16,7 +16,7 @@ from sinks.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Document:
-    """A book, or whatever else is one text."""
+    """One text, such as a book."""
 
     name: str
     text: str

@@ -1,4 +1,4 @@
-"""Tokenizers from files: `tokenizer.json` and what lies beside it, or rebuilt from GGUF metadata."""
+"""Tokenizers from files: `tokenizer.json` and the files next to it, or rebuilt from GGUF metadata."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,7 +35,7 @@ _PRE_TOKENIZERS = {
 _WHOLE_FIRST = (
     "llama-bpe",
     "llama3",
-)  # a piece that is a token is taken whole, whatever the merges would make of it
+)  # a piece that is a token is taken whole, not split by the merges
 
 # What a folder's JSON files and a GGUF file's metadata may say of a tokenizer.
 _TOKEN = either(TEXT, Kind("an object with content", lambda v: TEXT.holds(_content(v))))
@@ -212,7 +212,7 @@ def _byte_level(
     if pre not in _PRE_TOKENIZERS:
         raise ValueError(
             f"{where}: tokenizer.ggml.pre={pre!r}: {', '.join(_PRE_TOKENIZERS)} can be rebuilt. Put the model's own "
-            "tokenizer.json beside the GGUF file, and it is used instead"
+            "tokenizer.json next to the GGUF file, and it is used instead"
         )
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     for i, (left, right) in enumerate(pairs):

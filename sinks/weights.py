@@ -70,7 +70,7 @@ def _files(folder: Path) -> list[Path]:
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names")
     elif (file := folder / "model.safetensors").is_file():
-        files = [file]  # others beside it are adapters, or the same weights under other names
+        files = [file]  # others next to it are adapters, or the same weights under other names
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -85,7 +85,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """The files that an index names. A name leads nowhere else: it is a file beside the index, as transformers saves it.
+    """The files that an index names. A name leads nowhere else: it is a file next to the index, as transformers saves it.
 
     (The file itself may be a link, as in huggingface_hub's cache: that is the folder's owner's doing, not the index's.)
     """
@@ -96,7 +96,7 @@ def _indexed(index: Path) -> list[str]:
         if not (isinstance(name, str) and re.fullmatch(r"[^/\\:\0]+\.safetensors", name)):
             raise ValueError(
                 f"{index} says that {shown(tensor)} is in {str(name)[:80]!r}: that is no .safetensors file "
-                "beside it"
+                "next to it"
             )
     return sorted(set(where.values()))
 

@@ -1,7 +1,8 @@
-"""The rules of the house that no linter knows: short functions and files, and no import circles."""
+"""The rules of the house that no linter knows: short functions and files, no import circles, plain English."""
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,39 @@ def test_modules_do_not_import_each_other_in_a_circle():
     except graphlib.CycleError as error:
         pytest.fail(" -> ".join(reversed(error.args[1])))
     assert "common.train_step" in graph["common.train_loop"], "the graph is of our imports"
+
+
+# Quaint words, and the plain ones: again, from where, so that ... not, forever, on the way, computed or read, of that
+# time, next to or with.
+BANNED = re.compile(
+    r"\b(anew|whence|lest|for ever|in passing|(is|are|was|were|be) had|of then|thereof|wherein|whereof|withal|hence|"
+    r"amid|upon|beside|gone on from)\b",
+    re.IGNORECASE,
+)
+OPENINGS = ("Of ", "By their ", "Beside ")
+
+
+def test_code_is_written_in_plain_english():
+    found = [
+        f"{path.relative_to(ROOT)}:{i}: {hit[0]}"
+        for path in FILES
+        for i, line in enumerate(path.read_text().splitlines(), 1)
+        if (hit := BANNED.search(line))
+    ]
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, FUNCTIONS | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                if text.startswith(OPENINGS):
+                    found.append(f"{path}: {text.splitlines()[0]}")
+    assert not found
+
+
+# The journal is a log: it stays as it was written.
+DOCUMENTS = {str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]}
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS - {"docs/journal.md"}))
+def test_documents_are_written_in_plain_english(name):
+    lines = (ROOT / name).read_text().splitlines()
+    assert not [f"{i}: {hit[0]}" for i, x in enumerate(lines, 1) if (hit := BANNED.search(x))]

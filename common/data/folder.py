@@ -190,7 +190,7 @@ def _find_split(top: Path, split: str, held_out: float) -> tuple[Path, str]:
 
 
 def _beside_splits(top: Path) -> str:
-    """The folders beside train/ and its like: classes of an unsplit folder, where one of them is named so."""
+    """The folders next to train/, val/ and test/: in an unsplit folder with a class of such a name, its other classes."""
     others = [e.name for e in os.scandir(top) if e.is_dir() and e.name not in SPLITS]
     return ", ".join(printable(name) for name in sorted(others)[:_NAMED] if name[0] != ".")
 
@@ -203,13 +203,13 @@ def _part(files: Sequence[str], part: str, held_out: float) -> Callable[[str], b
 
 
 def _rank(file: str) -> float:
-    """In [0, 1), by the path alone."""
+    """A number in [0, 1) that depends on the path only."""
     name = file.replace(os.sep, "/").encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(name, digest_size=6).digest()) / 2**48
 
 
 def _classes(root: Path) -> list[str]:
-    """The sub-folders that hold files, sorted; of those that are empty, the log tells."""
+    """The sub-folders that hold files, sorted; empty ones are logged."""
     folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
     empty = [name for name in folders if not _has_file(root / name)]
     if empty:
@@ -231,7 +231,7 @@ def _usable(
     Raises ValueError if there are others, unless `skip_bad`.
     """
     strays = {f for f in files if with_classes and os.sep not in f}
-    problems = {f: "lies beside the class folders, not in one" for f in strays}
+    problems = {f: "lies next to the class folders, not in one" for f in strays}
     found, facts = _check([f for f in files if f not in strays], root)
     problems |= found
     if problems:

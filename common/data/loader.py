@@ -101,11 +101,7 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source,
-    batch: int,
-    *,
-    transform: Transform | None = None,
-    held: Rows | None = None,
+    source: Source, batch: int, *, transform: Transform | None = None, held: Rows | None = None
 ) -> Iterator[Batch]:
     """Iterates once over the records in order, with a "weight" float32 [b]: 1 real, 0 padding.
 
@@ -221,11 +217,7 @@ def shuffled(rows: np.ndarray, length: int, seed: int) -> list[int]:
 
 
 def _read(
-    source: Source,
-    indices: Sequence[int],
-    rows: np.ndarray,
-    seed: int,
-    transform: Transform | None,
+    source: Source, indices: Sequence[int], rows: np.ndarray, seed: int, transform: Transform | None
 ) -> list[Record]:
     records = read(source, indices)
     if transform is None:

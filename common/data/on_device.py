@@ -1,4 +1,4 @@
-"""A training set that lies on the device whole: a step then gets the numbers of its records, and makes its batch itself.
+"""A training set that is wholly on the device: a step then gets the numbers of its records, and makes its batch itself.
 
 Which records a step takes is the host loader's rule (`common.data.loader`): the same ones in the same order.
 """
@@ -49,8 +49,8 @@ def images_on_device(source: Source, mesh: Mesh) -> jax.Array:
 
 
 def drawn_records(source: Source, spec: LoaderSpec, start_step: int = 0) -> Iterator[Batch]:
-    """Of each step: "record" int32 [b], which of the source's records, and "row" int32 [b], their positions in the endless
-    stream, as `train_batches` has them. Raises OverflowError after 2**31 rows."""
+    """Batches of "record" int32 [b], which of the source's records, and "row" int32 [b], their positions in the endless
+    stream, as in `train_batches`. Raises OverflowError after 2**31 rows."""
     held, step = rows_of(spec.batch, spec.held), start_step
     while True:
         rows = step * spec.batch + held

@@ -178,7 +178,7 @@ class TfdsSource:
 
 
 def tfds_dir(data_dir: str | None = None) -> str:
-    """Where TFDS sets lie. Raises ValueError for a bucket, of which nothing is read."""
+    """The folder of the TFDS sets. Raises ValueError for a bucket: none is read."""
     # tfds reads the variable once, at import; users also set it later, in notebooks and tests
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     check_local(chosen, "data_dir" if data_dir else "TFDS_DATA_DIR")

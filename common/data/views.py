@@ -20,7 +20,7 @@ def subset(source: Any, n: int | None, seed: int = SUBSET_SEED) -> Any:
     """A random part of a source: `n` of its records, the first n of a permutation that `seed` keys.
 
     Sources may be sorted, a folder by class for one, so their own first n are no sample. A smaller part
-    lies in every larger one. None, and whatever reaches the source's length, is the source itself.
+    lies in every larger one. None, or at least the source's length, gives the source itself.
     """
     if n is not None and n < 1:
         raise ValueError(f"n={n}: a part has at least 1 record, and None means all")
@@ -47,7 +47,7 @@ class Subset:
         return read(self.source, [self.indices[i] for i in indices])
 
     def unreadable(self, indices: Iterable[int]) -> dict[int, str]:
-        """Of `indices`, those that were read and found bad, with the reason."""
+        """Those of `indices` that were read and found bad, with the reason."""
         of_view = {self.indices[i]: i for i in indices}
         return {of_view[j]: why for j, why in bad_records(self.source, of_view).items()}
 
@@ -89,7 +89,7 @@ class Skipping:
         return [self._one(i) for i in indices]
 
     def unreadable(self, indices: Iterable[int]) -> dict[int, str]:
-        """Of `indices`, those that were read and found bad, with the reason."""
+        """Those of `indices` that were read and found bad, with the reason."""
         return {i: self._bad[i] for i in indices if i in self._bad}
 
     def report(self, found: dict[int, str]) -> None:
@@ -129,7 +129,7 @@ def read(source: Any, indices: Sequence[int]) -> list[Any]:
 
 
 def bad_records(source: Any, indices: Iterable[int]) -> dict[int, str]:
-    """Of `indices`, all read before, those for which `source` handed out another record, with the reason."""
+    """Those of `indices`, all read before, for which `source` handed out another record, with the reason."""
     find = getattr(source, "unreadable", None)
     return find(indices) if find else {}
 

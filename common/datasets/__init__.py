@@ -1,1 +1,1 @@
-"""Datasets of our own as TFDS builders; beside `common/data.py`, the only place to import tfds."""
+"""Datasets of our own as TFDS builders; with `common/data.py` the only place to import tfds."""

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-# Of a layer's activations, what a CPU had better not exceed: they then stay in its caches.
+# Bytes of a layer's activations up to which they stay in a CPU's caches.
 CACHE_BYTES = 8 << 20
-# Of a product's right operand, what XLA's CPU backend takes at once.
+# Columns of a product's right operand that XLA's CPU backend takes at once.
 BLOCK_BYTES = 128 << 10
 
 
@@ -70,7 +70,7 @@ def summed_over(x_ND: jax.Array) -> jax.Array:
 def fenced_gradient(x: jax.Array) -> jax.Array:
     """`x`, whose gradient is `fenced`. For the residual stream, where all blocks' gradients add up.
 
-    XLA's CPU backend would otherwise, at every block, add up anew what all later blocks contribute.
+    XLA's CPU backend would otherwise sum the contributions of all later blocks again at every block.
     """
     return x
 
@@ -79,14 +79,11 @@ fenced_gradient.defvjp(lambda x: (x, None), lambda _, g: (fenced(g),))
 
 
 def compiler_options() -> dict[str, str] | None:
-    """For the jit of a training step on CPU: optimization barriers hold, which XLA otherwise drops before it fuses, and
+    """Options for the jit of a training step on CPU: XLA keeps optimization barriers, which it otherwise drops early, and
     loops take the widest vectors that the processor has."""
     if jax.default_backend() != "cpu":
         return None
-    return {
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-        "xla_cpu_prefer_vector_width": "512",
-    }
+    return {"xla_disable_hlo_passes": "cse_barrier_expander", "xla_cpu_prefer_vector_width": "512"}
 
 
 def rounded(x: jax.Array, dtype: str) -> jax.Array:
@@ -111,11 +108,11 @@ _bfloat16_cpu.defvjp(lambda x: (_bfloat16_cpu(x), None), lambda _, g: (g.astype(
 
 
 def column_parts(n_in: int, n_out: int) -> int:
-    """In how many parts to take the columns of a weight [n_in, n_out], so that the cores share out a product's rows.
+    """Into how many parts to split the columns of a weight [n_in, n_out], so that each core keeps the rows it computed.
 
-    Of more columns than it takes at once, XLA's CPU backend gives each core a share; what comes next goes by rows again,
-    and finds most of them in another core's cache. 1 where nothing is gained: elsewhere, and for weights so large that
-    products take long against what is moved.
+    With more columns than it takes at once, XLA's CPU backend gives each core a share of the columns. The next operation
+    goes by rows again, and finds most of them in another core's cache. 1 where a split gains nothing: on other backends,
+    and for weights so large that the product takes long compared with the movement.
     """
     if not _on_lone_cpu():
         return 1

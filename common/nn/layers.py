@@ -58,7 +58,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_bwd(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    # By erf of -x: of x, XLA would keep the forward pass's values, which takes longer than computing them in passing.
+    # erf(-x), not erf(x): XLA would keep erf(x) from the forward pass, which takes longer than computing it again.
     cdf = 0.5 - 0.5 * jax.lax.erf(x * -(2**-0.5))
     return (g * (cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5),)
 

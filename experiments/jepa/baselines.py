@@ -22,7 +22,7 @@ KINDS = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 log = logging.getLogger("triptych")
 
 
-@job(only=())  # what belongs to the pretraining beside it may not change here
+@job(only=())  # the settings of the pretraining in the same workdir may not change here
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     rows = run.workdir / "results.jsonl"

@@ -40,16 +40,18 @@ def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     from common.flops import measure_matmul_peak, traced_flops
     from common.nn.cpu import compiler_options
     from common.nn.policy import Policy
+    from common.optim import OptimSpec, adamw
     from common.state import init_state
     from common.train_step import make_train_step
     from jepa.config import vit
     from jepa.masks import MaskSpec
-    from jepa.recipe import AddMasks, IJepa
+    from jepa.recipe import AddMasks, EmaSpec, IJepa
 
     model = vit("tiny", image=IMAGE, patch=PATCH)
     masks = MaskSpec(grid=model.grid, context_tokens=CONTEXT)
     assert (masks.context_size, masks.target_size) == (CONTEXT, TARGET)
-    recipe = IJepa(model, masks, steps=10_000, policy=Policy(unroll=unroll))
+    tx, momentum = adamw(OptimSpec(), 10_000), EmaSpec().schedule(10_000)
+    recipe = IJepa(model, masks, tx, momentum, policy=Policy(unroll=unroll))
     images = np.random.default_rng(0).integers(0, 256, (BATCH, IMAGE, IMAGE, 3), np.uint8)
     batch = jax.device_put(AddMasks(masks, 0)({"image": images}, np.arange(BATCH)))
     state = init_state(recipe, jax.random.key(0))

@@ -148,7 +148,7 @@ def _prepare(settings: Settings, sets: Sets, mesh: Mesh) -> Prepare:
 
 
 def _measured_on(sets: Sets) -> dict[str, Any]:
-    """The sets of the evaluations, as JSON gives them back: they may not change under a run without a word."""
+    """The sets of the evaluations, as JSON gives them back: a run refuses a change of these."""
     named = {"bank": sets.bank, "test": sets.test}
     prints = {k: {**getattr(v, "identity", {}), "length": len(v)} for k, v in named.items()}
     return json.loads(json.dumps(prints))
@@ -196,7 +196,7 @@ def _finish(
         except Exception as error:  # any: the training before it must not look lost
             why = describe(error, "linear probes", run.workdir)
             raise EvaluationFailed(
-                f"the linear probes failed: {why}; the trained state is saved: mend that and start the same command again, "
+                f"the linear probes failed: {why}; the trained state is saved: fix that and start the same command again, "
                 "which repeats only this"
             ) from error
         seconds = {**seconds, "probe": time.perf_counter() - probing}
@@ -215,7 +215,7 @@ def open_run(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
     """A config's settings, its sets of images, and its mesh, checked against each other.
 
     Raises:
-      ConfigError: for whatever is wrong with them.
+      ConfigError: something is wrong with them.
     """
     try:
         sets = open_sets(build(DataSettings, values["data"], "config.data."))

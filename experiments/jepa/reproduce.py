@@ -1,7 +1,7 @@
 """I-JEPA on rendered scenes, from nothing to probe: the longest part of `make reproduce`.
 
 Renders the scenes (once), pretrains on them, and probes the result next to an untrained encoder and raw pixels. Prints the
-table, draws report.png, and appends rows to seed*/results.jsonl. Interrupted, it continues where it stood.
+table, draws report.png, and appends rows to seed*/results.jsonl. After an interruption it continues where it was.
 """
 
 import json
@@ -59,8 +59,8 @@ def run_seed(seed: int, epochs: float, workdir: Path, data_dir: str) -> int:
     arg = f"seed={seed}" + (f",epochs={epochs}" if epochs else "")
     config = get_config(arg)
     config.data.data_dir = data_dir
-    for job in (jepa_pretrain, jepa_baselines):
-        config.job = job.__name__.rpartition(".")[2]
+    for name, job in (("jepa_pretrain", jepa_pretrain), ("jepa_baselines", jepa_baselines)):
+        config.job = name
         code = job.run(Run(config.to_dict(), run, config="scenes", arg=arg, has_flag=False))
         if code:
             return code

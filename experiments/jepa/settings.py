@@ -15,7 +15,7 @@ from common.nn.policy import Policy
 from common.optim import OptimSpec
 from common.sharding import BATCH_AXES
 from common.train_loop import TrainSpec
-from experiments.shared.learned_optim import optimizer_of
+from experiments.shared.learned_optim import optimizer
 from experiments.shared.settings import without
 from jepa.config import ViTConfig, vit
 from jepa.device_batch import DeviceBatch
@@ -35,7 +35,7 @@ class DataSettings:
       probe_split: images that probes and kNN learn from; None takes `split`.
       held_out: share set aside as the test set, of a folder that has none.
       data_dir: folder of TFDS data sets; None takes TFDS_DATA_DIR.
-      examples: training images, where the set is not at hand (preflight).
+      examples: training images, for a run without the set (preflight).
       crop_scale: range of a training crop's share of the image's area.
       crop_ratio: range of a training crop's width / height.
       flip: whether half of the training images are mirrored.
@@ -193,7 +193,7 @@ class ProbeSettings:
 
 @dataclass(frozen=True)
 class WriterSettings:
-    """Where the rows of metrics go beside metrics.jsonl.
+    """Where the rows of metrics go besides metrics.jsonl.
 
     Attributes:
       tensorboard: whether to write for TensorBoard.  wandb: whether to write to Weights & Biases.
@@ -231,15 +231,11 @@ class Settings:
     @cached_property
     def recipe(self) -> IJepa:
         """The method that is trained."""
+        steps = self.train.steps
+        tx, log_tx = optimizer(self.optim, steps)
+        momentum = self.ema.schedule(int(self.optim.schedule_scale * steps))
         return IJepa(
-            model=self.model.config,
-            masks=self.masks,
-            steps=self.train.steps,
-            optim=self.optim,
-            ema=self.ema,
-            optimizing=optimizer_of(self.optim),
-            objective=self.objective,
-            policy=self.policy,
+            self.model.config, self.masks, tx, momentum, self.objective, self.policy, log_tx
         )
 
     @property

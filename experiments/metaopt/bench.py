@@ -3,7 +3,7 @@
   python -m experiments.metaopt.bench [--contenders=adamw,level1,level3,level50,auto] [--rounds=40] [--write]
   python -m experiments.metaopt.bench --original     # the original package over torch Adam; needs the `peers` extra
 
-Contenders take turns step by step in one process, so that whatever else the machine does hits all of them. Where memory
+Contenders take turns step by step in one process, so that other work of the machine hits all of them. Where memory
 happens to lie favours one or another by some percent for as long as a process lives: so there are several. The ratio is the
 median over all rounds of each contender's step to the plain step of the same round, with its quartiles; and the same
 of CPU time over all threads. What 49 further levels cost is the ratio of level50 to level1 (level50 takes a minute to

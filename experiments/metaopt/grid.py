@@ -51,7 +51,7 @@ class Task:
     side_by_side: bool = True
 
     def steps(self, batch: int) -> int:
-        """Of an epoch. Raises ValueError where there is none."""
+        """Steps of an epoch. Raises ValueError if the training set is smaller than a batch."""
         n = len(next(iter(self.train.values())))
         if n < batch:
             raise ValueError(f"batch={batch} is larger than the training set of {self.name}, {n}")
@@ -64,7 +64,7 @@ class Method:
 
     Attributes:
       make: rate -> transformation.
-      in_state: whether all that depends on the rate is in the state that `init` makes, as it is for whatever metaopt
+      in_state: whether all that depends on the rate is in the state that `init` makes, as it is for all that metaopt
         learns. Otherwise the transformation is rebuilt around a traced rate.
       evaluated: (opt_state, params) -> the parameters to test, where those are not the trained ones.
       schedule: part of the run in [0, 1) -> factor of the rate, which `make` is then given as an optax schedule (and

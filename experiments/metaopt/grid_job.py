@@ -94,7 +94,7 @@ class Settings:
 
 
 def open_task(settings: TaskSettings) -> Task:
-    """The task with its data in memory. Raises ConfigError where they cannot be had, or the sizes do not fit."""
+    """The task with its data in memory. Raises ConfigError if the data cannot be read or the sizes do not fit."""
     make, known = TASKS[settings.kind]
     try:
         return make(settings.data, **{k: v for k, v in settings.sizes.items() if k in known})
@@ -167,7 +167,7 @@ class Gap:
 
 
 def gaps(rows: list[ResultRow], score: str) -> dict[str, Gap]:
-    """By method. The best score is that of the best method from its best initial rate."""
+    """The gap of each method. The best score is that of the best method from its best initial rate."""
     scores: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
     for row in rows:

@@ -67,7 +67,7 @@ def _each_by_sgd(**rates: float) -> optax.GradientTransformation:
 
 
 def _decayed(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """With figure 2's weight decay, as a part of the gradient."""
+    """The optimizer with figure 2's weight decay, as a part of the gradient."""
     return optax.chain(optax.add_decayed_weights(1e-4), tx)
 
 
@@ -76,7 +76,7 @@ def _momentum(momentum: float) -> Callable[[Any], optax.GradientTransformation]:
 
 
 def cosine(part: jax.Array) -> jax.Array:
-    """From 1 to 0 over the run."""
+    """A factor from 1 to 0 over the run."""
     return 0.5 + 0.5 * jnp.cos(jnp.pi * part)
 
 
@@ -126,7 +126,7 @@ _ALL = [
     Method("tower1(adam)", lambda r: paper.adam_baydin(r, by=paper.sgd(1e-5))),
     Method("figure3_tower", figure3_tower),
     Method("metaoptimize", _metaoptimize),
-    # Of optax.contrib: the rate is each one's own initial guess (docs/papers/gdtuo.md 6.3: they are not exempt).
+    # From optax.contrib: the rate is each one's own initial guess (docs/papers/gdtuo.md 6.3: they are not exempt).
     Method("prodigy", lambda r: contrib.prodigy(1.0, estim_lr0=r), False),
     Method("dadapt_adamw", lambda r: contrib.dadapt_adamw(1.0, estim_lr0=r), False),
     Method("mechanic(adam)", lambda r: contrib.mechanize(optax.adam(1e-3), s_init=r), False),

@@ -96,7 +96,7 @@ class Settings:
 
 @job(only=("rows",))
 def run(run: Run) -> int:
-    """Runs what has no row in `workdir`/results.jsonl yet, and prints the table beside the paper's."""
+    """Runs what has no row in `workdir`/results.jsonl yet, and prints the table next to the paper's."""
     settings = build(Settings, run.values)
     task, spec = open_task(settings.task), settings.grid
     check_batch(task, spec)

@@ -121,7 +121,7 @@ def robustness(results: Path) -> str:
 
 
 def figure3(results: Path) -> str:
-    """From the rows that a run writes after every epoch: results/metaopt/charrnn/<method>.jsonl."""
+    """Figure 3 from the rows that a run writes after every epoch: results/metaopt/charrnn/<method>.jsonl."""
     paths = sorted((results / "charrnn").glob("*.jsonl"))
     ends = {path.stem: read_metrics(path)[-1] for path in paths}
     if not ends:

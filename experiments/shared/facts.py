@@ -14,7 +14,7 @@ from common.commit import packages
 from common.results import PACKAGES
 
 ROOT = Path(__file__).parents[2]
-# Of jax's own settings, those that change numbers.
+# Those of jax's own settings that change numbers.
 JAX_SETTINGS = (
     "jax_enable_x64",
     "jax_default_matmul_precision",

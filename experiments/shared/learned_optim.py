@@ -6,13 +6,23 @@ import jax
 import optax
 
 import metaopt
-from common.optim import Mask, Optimizer, OptimSpec
+from common.optim import Log, Mask, OptimSpec, adamw, decays, scheduled
 from metaopt import learn
 
 
-def _make(spec: OptimSpec, steps: int, mask: Mask) -> optax.GradientTransformationExtraArgs:
-    """`metaopt.auto` from the specification's peak rate and first weight decay; no schedule, whatever `steps`."""
-    del steps
+def optimizer(
+    spec: OptimSpec, steps: int, mask: Mask = decays
+) -> tuple[optax.GradientTransformation, Log]:
+    """The optimizer of a run of `steps` updates, and what the log shows of it; `mask` says what decays."""
+    return (
+        (_learning(spec, mask), _learned)
+        if spec.auto
+        else (adamw(spec, steps, mask), scheduled(spec, steps))
+    )
+
+
+def _learning(spec: OptimSpec, mask: Mask) -> optax.GradientTransformation:
+    """`metaopt.auto` from the specification's peak rate and first weight decay; no schedule."""
 
     def factory(learning_rate: Any, weight_decay: Any = spec.weight_decay):
         update = optax.adamw(
@@ -32,16 +42,11 @@ def _make(spec: OptimSpec, steps: int, mask: Mask) -> optax.GradientTransformati
     return metaopt.auto(factory, **rates)
 
 
-def _learned(opt_state: Any) -> dict[str, jax.Array]:
-    """Under the names that the schedules have in the log."""
+def _learned(opt_state: Any, step: jax.Array) -> dict[str, jax.Array]:
+    """What is learned, under the names that the schedules have in the log."""
     values = metaopt.learned(opt_state)
     return {
         name: values[keyword]
         for name, keyword in (("lr", "learning_rate"), ("weight_decay", "weight_decay"))
         if keyword in values
     }
-
-
-def optimizer_of(spec: OptimSpec) -> Optimizer:
-    """What a recipe with this specification is given."""
-    return Optimizer(_make, _learned, lambda spec, steps, step: {}) if spec.auto else Optimizer()

@@ -81,13 +81,13 @@ def extra_of(
 
 
 def requirements(project: Path) -> Callable[[str], list[str]]:
-    """From an extra ("": none) to what pyproject.toml asks for."""
+    """A function from an extra ("" for none) to its requirements in pyproject.toml."""
     table = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     return lambda extra: table["optional-dependencies"][extra] if extra else table["dependencies"]
 
 
 def unmet(wanted: Callable[[str], list[str]], extra: str, version: Installed) -> list[str]:
-    """Those requirements of an extra, and of what it asks for in turn, that no installed version meets."""
+    """The requirements of an extra, and of its requirements in turn, that no installed version meets."""
     try:
         from packaging.requirements import Requirement
     except ImportError:

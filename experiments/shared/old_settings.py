@@ -19,9 +19,8 @@ NOT_SET: dict[str, Any] = {
 ADDED: dict[str, dict[str, Any]] = {
     "jepa_pretrain": {"optim.warmup": 0},
     "jepa_baselines": {"optim.warmup": 0},
-    "sinks_pretrain": {"optim.b1": 0.9, "optim.eps": 1e-8, "optim.schedule_scale": 1.0,
-                       "train.accumulate": 1, "train.profile_start": 10, "train.profile_steps": 0},
-}  # fmt: skip
+    "sinks_pretrain": {"optim.b1": 0.9, "optim.eps": 1e-8, "optim.schedule_scale": 1.0},
+}
 GONE: dict[str, dict[str, Any]] = {"metaopt_table1": {"methods": ()}}
 
 

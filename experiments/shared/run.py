@@ -2,7 +2,7 @@
 
 A workdir belongs to one config. `config.json` holds it, and a start with other settings is refused before anything is
 computed or written, with every difference named. What is in FREE may differ: it changes no result. `--resume=changed` takes
-the other settings on purpose; `run.json` keeps what changed at which step, and the row tells it. Settings that decide what
+the other settings on purpose; `run.json` keeps what changed at which step, and the row has it too. Settings that decide what
 a saved state means (the stream of data, shapes, what the finished parts of a sweep measured) cannot change so. A workdir of
 an older version is gone on with: what it had no setting for, and that its commit is not known, is told as a change.
 
@@ -33,7 +33,7 @@ from experiments.shared.old_settings import ADDED, as_before, renewed
 
 log = logging.getLogger("triptych")
 
-# What may differ between the starts of a run without a word: where and how it is computed and recorded, not what. A name
+# What may differ between the starts of a run: where and how it is computed and recorded, not what. A name
 # stands for its whole group.
 FREE = (
     "job",  # a run and its baselines share a workdir; each row names its own job
@@ -132,7 +132,7 @@ class Run:
 
     @property
     def part_hash(self) -> str:
-        """Of what a part of this sweep is measured with: without the settings that only choose the parts."""
+        """The hash of what a part of this sweep is measured with: all but the settings that only choose the parts."""
         return hash_of(self.values, (*self._choosing, "name"))
 
     # Before anything is computed
@@ -170,7 +170,7 @@ class Run:
         )
 
     def done(self) -> bool:
-        """Whether result.json is the result of this job with these settings; says so, and mends a lost row."""
+        """Whether result.json is the result of this job with these settings; says so, and adds a lost row."""
         path = self.workdir / "result.json"
         if self.saved is None or self.changed or not path.exists():
             return False
@@ -223,7 +223,7 @@ class Run:
         """Makes the workdir, writes config.json, and starts the clock. Call when nothing can be refused any more.
 
         Args:
-          restored: the step of the state that is gone on from; 0 for finished parts, None where all starts anew.
+          restored: the step of the restored state; 0 for finished parts, None if everything starts from the beginning.
         """
         records = _read_json(path := self.workdir / "run.json") or {}
         record = records.get(self.job, {})
@@ -235,7 +235,7 @@ class Run:
         if jax.process_index() == 0:
             self.workdir.mkdir(parents=True, exist_ok=True)
             record = {"commit": self.commit, "changes": self._changes}
-            write_json(path, records | {self.job: record})  # first: a change is told, or not made
+            write_json(path, records | {self.job: record})  # first: no change without its record
             path, saved = self.workdir / "config.json", _besides_job(self.saved or {})
             if not path.exists() or saved != _besides_job(self.values):
                 write_json(path, json.loads(to_json(self.values)))
@@ -261,7 +261,7 @@ class Run:
         """The row of this run.
 
         Args:
-          part: of a sweep, what tells this one from the others; joins the row's overrides.
+          part: what distinguishes this part of a sweep from the others; joins the row's overrides.
           ran: `mesh`, `dtype`, `seconds` of `make_row`.
         """
         return make_row(
@@ -299,7 +299,7 @@ class Run:
         return saved
 
     def _check_rows(self) -> None:
-        """Without config.json, rows must be of this config."""
+        """Raises ConfigError if the workdir has rows of another config, but no config.json."""
         for row in read_rows(path := self.workdir / "results.jsonl"):
             if not (self.owns(row, job=row.job) or self.owns(row) or self.owns(row, part=True)):
                 raise ConfigError(
@@ -361,7 +361,7 @@ def _of_another_version(error: StructureError) -> ConfigError:
 
 
 def _read_json(path: Path) -> Any:
-    """None if there is no such file."""
+    """The JSON in a file; None if there is no such file."""
     if not path.exists():
         return None
     try:

@@ -35,7 +35,7 @@ def _default(f: Field, hint: Any) -> Any:
 
 
 def describe(cls: type, less: Collection[str] = ()) -> dict[str, tuple[str, str]]:
-    """By full name, such as "optim.lr": a setting's type, and a line on it from the docstring of its dataclass."""
+    """Full name, such as "optim.lr" -> the setting's type, and a line on it from the docstring of its dataclass."""
     found, lines = {}, _lines(cls)
     for f, hint in _settings(cls, less):
         if is_dataclass(hint):

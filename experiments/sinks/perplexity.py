@@ -164,10 +164,10 @@ def _check_same(run: Run, folder: Path, saved: Mapping[str, Any], inputs: dict[s
 def _check_stream(
     run: Run, folder: Path, saved: Mapping[str, Any], meta: Mapping[str, Any]
 ) -> None:
-    """Raises ConfigError where the saved stream is not of this setting, config (or an older form of it) and length."""
-    values = {k: v for k, v in as_before(run.values).items() if k != "block"}
-    older = {**meta, "config": config_hash(values | {"save_every": 0})}
-    if {k: saved[k] for k in meta} not in (meta, older):
+    """Raises ConfigError where a saved stream is of another setting, config or text."""
+    # Older versions put other settings into the hash.
+    former = {k: v for k, v in as_before(run.values).items() if k != "block"} | {"save_every": 0}
+    if {k: saved[k] for k in meta} not in (meta, {**meta, "config": config_hash(former)}):
         raise ConfigError(
             f"{folder} holds a stream of another config or text: take another --workdir, or remove it"
         )

@@ -1,7 +1,7 @@
 """Job "sinks_pretrain": language models with and without a sink of their own, and what each streams like afterwards.
 
 The workdir gets a folder per variant (metrics.jsonl, curves.png, checkpoints/), pretrain.png, config.json, result.json, and
-table.md, laid out like the paper's Table 3. Interrupted, it continues where it stood.
+table.md, laid out like the paper's Table 3. After an interruption it continues where it was.
 """
 
 import hashlib
@@ -20,13 +20,7 @@ from matplotlib.figure import Figure
 
 from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
 from common.config import ConfigError, build, check_choices
-from common.data import (
-    LoaderSpec,
-    array_source,
-    fingerprint,
-    prefetch_to_device,
-    train_batches,
-)
+from common.data import LoaderSpec, array_source, fingerprint, prefetch_to_device, train_batches
 from common.distributed import require_same
 from common.mesh import MeshSpec, make_mesh
 from common.optim import OptimSpec
@@ -35,14 +29,14 @@ from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
 from common.train_loop import TrainSpec, train
 from common.writers import make_writer, read_metrics
-from experiments.shared.learned_optim import optimizer_of
+from experiments.shared.learned_optim import optimizer
 from experiments.shared.run import Run, job
 from sinks import maps, perplexity, text
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
 from sinks.perplexity import Tally
 from sinks.policies import Cached
-from sinks.recipe import LanguageModel, variant
+from sinks.recipe import LanguageModel, decays, variant
 
 log = logging.getLogger("triptych")
 BYTES = 256  # the vocabulary
@@ -104,7 +98,7 @@ class EvaluateSettings:
         check_choices(sinks=self.sinks)
 
     def specs(self) -> dict[str, CacheSpec]:
-        """By their names in the paper's Table 3: "1+255"."""
+        """The caches, by their names in the paper's Table 3: "1+255"."""
         return {f"{s}+{self.cache_size - s}": CacheSpec(s, self.cache_size - s) for s in self.sinks}
 
 
@@ -153,14 +147,8 @@ class Settings:
             parallel_residual=True,
         )
         self.optim.lr_schedule(self.train.steps)  # refuses a warm-up that does not fit
-        return variant(
-            name,
-            neox,
-            steps=self.train.steps,
-            optim=self.optim,
-            optimizing=optimizer_of(self.optim),
-            compute=self.compute,
-        )
+        tx, log_tx = optimizer(self.optim, self.train.steps, decays)
+        return variant(name, neox, tx=tx, log=log_tx, compute=self.compute)
 
 
 @job(only=("variants", "evaluate"))

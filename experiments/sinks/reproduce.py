@@ -1,7 +1,7 @@
 """The paper's effect in a minute: SmolLM2-135M reads War and Peace through a cache of 256 tokens (`make reproduce`).
 
-Dense attention, window attention, a sample of re-computation, and 1, 2, 4, 8 sinks; a table and quick.png beside the paper's
-Table 2. Every policy predicts the same tokens; perplexities are of those predicted from a full cache.
+Dense attention, window attention, a sample of re-computation, and 1, 2, 4, 8 sinks. Writes a table and quick.png, next to
+the paper's Table 2. Every policy predicts the same tokens; perplexities are of those predicted from a full cache.
 """
 
 import logging
@@ -148,7 +148,9 @@ def show(results: dict[str, dict[str, float]]) -> None:
         error = f" ± {r['standard_error']:.2f}" if r["standard_error"] else ""
         table.add_row(name, f"{r['perplexity']:.2f}{error}", f"{int(r['predictions']):,}")
     console.print(table)
-    table = Table(title="Beside the paper's Table 2 (400K tokens of PG-19, caches of 2048 or 4096)")
+    table = Table(
+        title="Next to the paper's Table 2 (400K tokens of PG-19, caches of 2048 or 4096)"
+    )
     for column in ("sinks", "0 (window)", *map(str, SINKS)):
         table.add_column(column, justify="left" if column == "sinks" else "right")
     for model, values in {"SmolLM2-135M (here)": _ours(results), **paper()}.items():
@@ -157,7 +159,7 @@ def show(results: dict[str, dict[str, float]]) -> None:
 
 
 def draw_effects(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Left: our policies. Right: what window attention costs against 4 sinks, beside the paper's models."""
+    """Left: our policies. Right: what window attention costs against 4 sinks, next to the paper's models."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
     names = list(results)

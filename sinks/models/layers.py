@@ -42,7 +42,7 @@ class Rows:
     sizes: tuple[int, ...] = field(default=(), metadata={"static": True})
 
     def quantize(self) -> "Rows":
-        """In 8 bits: each row's largest weight becomes 127."""
+        """The weights in 8 bits: each row's largest becomes 127."""
         w_FD, scale_F = quantize(self.w_FD.astype(jnp.float32))
         return Rows(w_FD, scale_F, self.sizes)
 
@@ -79,7 +79,7 @@ def _times_rows(x_ND: jax.Array, rows: Rows) -> jax.Array:
 
     For a few tokens the time is that of reading the weights, and they are the left operand. XLA's CPU backend has fast
     products below float32 only where the right operand has two columns or more, and otherwise converts all weights to
-    float32 first. So a lone token gets columns of zeros beside it, or in int8 what its rounding left over.
+    float32 first. So a lone token gets columns of zeros next to it, or in int8 what its rounding left over.
     """
     w_FD, scale_F, N = rows.w_FD, rows.scale_F, len(x_ND)
     if scale_F is not None and N <= FEW:

@@ -1,4 +1,4 @@
-"""Llama: SmolLM2, Llama 2 and 3, Mistral, Qwen2, and whatever else has RMSNorm, RoPE and a gated MLP.
+"""Llama: SmolLM2, Llama 2 and 3, Mistral, Qwen2, and all others with RMSNorm, RoPE and a gated MLP.
 
 Legend: B batch, T tokens, D width, H heads, G key heads, K head width, F hidden width, V vocabulary.
 """

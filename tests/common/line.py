@@ -33,8 +33,7 @@ class Line:
     def init_extra(self, params):
         return {"average": jax.tree.map(jnp.copy, params)}
 
-    def optimizer(self):
-        return optax.adam(0.1)
+    tx = optax.adam(0.1)
 
     def loss(self, params, extra, batch, key):
         x = batch["x"]
@@ -55,11 +54,8 @@ class Line:
     def extra_axes(self, abstract):
         return jax.tree.map(lambda _: ("embed",), abstract)
 
-    def learned(self, opt_state):
-        return {"steps_of_adam": opt_state[0].count}
-
-    def schedules(self, step):
-        return {"lr": 0.1 / (step + 1)}
+    def log(self, opt_state, step):
+        return {"lr": 0.1 / (step + 1), "steps_of_adam": opt_state[0].count}
 
 
 class EndlessGradient(Line):

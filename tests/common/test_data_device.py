@@ -61,7 +61,7 @@ def test_prefetch_raises_after_the_good_batches():
 
     it = prefetch_to_device(failing(), on_one_device())
     assert [float(next(it)["x"][0, 0]) for _ in range(2)] == [0, 1]
-    for _ in range(2):  # and goes on raising, where it would otherwise wait for ever
+    for _ in range(2):  # and goes on raising, where it would otherwise wait forever
         with pytest.raises(OSError, match="disk gone"):
             next(it)
 

@@ -169,7 +169,7 @@ def test_the_residual_streams_gradient_is_summed_once():
         found = re.findall(rf"= \w+\[(?:4,6|24),{WIDTH}\]\S* fusion\(([^)]*)\)", text)
         return max(operand.count("%") for operand in found)
 
-    # Summed anew in every block, they would grow by some seven a block.
+    # Summed again in every block, they would grow by some seven a block.
     assert operands(6) == operands(3)
 
 

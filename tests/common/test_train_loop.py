@@ -236,7 +236,9 @@ def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_intervals(tmp_
         (1, True), (5, True), (6, True), (6, False),
     ]  # fmt: skip
     assert found[-1].keys() == {"step", "eval/average"}
-    assert found[1]["lr"] == 0.1 / 5, "row s + 1 holds the schedules of step s"
+    assert found[1]["lr"] == pytest.approx(0.1 / 5, rel=1e-6), (
+        "row s + 1 holds the schedules of step s"
+    )
     assert [row["steps_of_adam"] for row in found[:3]] == [1, 5, 6], (
         "what the optimizer sets itself"
     )

@@ -21,10 +21,10 @@ def test_microbatches_take_the_memory_of_one():
     recipe = SimpleNamespace(
         init=lambda key: {"w": jnp.ones(4096)},
         init_extra=lambda params: {},
-        optimizer=lambda: optax.sgd(0.1),
+        tx=optax.sgd(0.1),
         loss=loss,
         update_extra=lambda extra, params, step: extra,
-        learned=lambda opt_state: {},
+        log=lambda opt_state, step: {},
     )
     state = init_state(recipe, jax.random.key(0))
     batch = {"x": jax.ShapeDtypeStruct((256, 4096), jnp.float32)}

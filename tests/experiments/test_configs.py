@@ -32,14 +32,14 @@ def config(name: str, arg: str = "") -> dict:
 def test_full_size_builds(name):
     settings = resolve(config(name))
     assert settings.name == name
-    assert settings.train.steps > settings.recipe.optim.warmup
+    assert settings.train.steps > settings.optim.warmup
     if name in RELEASED:
         abstract = jax.eval_shape(settings.recipe.init, jax.random.key(0))
         count = {k: sum(p.size for p in jax.tree.leaves(v)) / 1e6 for k, v in abstract.items()}
         assert (count["encoder"], count["predictor"]) == pytest.approx(RELEASED[name], abs=0.006)
         assert (settings.train.batch, settings.recipe.masks.mode) == (2048, "paper")
-        ema = settings.recipe.ema
-        assert (ema.start, ema.final, settings.recipe.optim.lr) == (0.996, 1.0, 1e-3)
+        ema = settings.ema
+        assert (ema.start, ema.final, settings.optim.lr) == (0.996, 1.0, 1e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -52,6 +52,13 @@ def test_smoke_leaves_what_the_argument_says(name):
         train = values["train"]
         assert (train["epochs"], train["steps"], train["seed"]) == (2.0, None, 3)
         assert resolve(values, 80).train.steps == 20
+
+
+def test_momentum_stretches_with_the_schedules():
+    values = config("scenes", "smoke")
+    values["train"]["steps"], values["optim"]["schedule_scale"] = 100, 1.25
+    momentum = resolve(values).recipe.momentum
+    assert float(momentum(100)) == pytest.approx(0.99 + 0.01 * 100 / 125)
 
 
 def test_smoke_of_perplexity_leaves_what_the_argument_says():

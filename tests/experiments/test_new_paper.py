@@ -43,7 +43,8 @@ class Line:
     def init_extra(self, params):
         return {}
 
-    def optimizer(self):
+    @property
+    def tx(self):
         return optax.sgd(self.lr)
 
     def loss(self, params, extra, batch, key):
@@ -59,11 +60,8 @@ class Line:
     def extra_axes(self, abstract):
         return {}
 
-    def learned(self, opt_state):
+    def log(self, opt_state, step):
         return {}
-
-    def schedules(self, step):
-        return {"lr": self.lr}
 '''
 
 JOB = '''
@@ -89,10 +87,10 @@ from toy import Line
 class Settings:
     job: str
     name: str
-    width: int
-    lr: float
     train: TrainSpec
     mesh: MeshSpec
+    width: int = 4
+    lr: float = 0.3
 
 
 @job()
@@ -138,17 +136,17 @@ SETTINGS = '''
 Arguments: smoke.
 """
 
-from ml_collections import ConfigDict
-
 from common.config import parse_arg
+from experiments.shared.settings import to_config
+from experiments.toy.pretrain import Settings
 
 
 def get_config(arg: str = ""):
     args = parse_arg(arg, smoke=False)
-    train = {"steps": 20 if args.smoke else 2000, "batch": 32, "seed": 0, "log_every": 5}
-    return ConfigDict(
-        {"job": "toy_pretrain", "name": "line", "width": 4, "lr": 0.3, "train": train, "mesh": {"fsdp": -1}}
-    )
+    config = to_config(Settings)
+    config.update(job="toy_pretrain", name="line")
+    config.train.update(steps=20 if args.smoke else 2000, batch=32, log_every=5)
+    return config
 '''
 
 
@@ -207,6 +205,7 @@ def test_a_toy_paper_runs_its_smoke_and_keeps_the_contracts(tree):
     (row,) = read_rows(workdir / "results.jsonl")
     assert (row.job, row.config, row.arg, row.steps) == ("toy_pretrain", "line", "smoke", 20)
     assert row.metrics["error"] < 0.01, "the line was not fitted"
+    assert "\ntoy_pretrain line in " in f"\n{said}", "a log has no prefix"
     code, said = contracts(tree)
     assert code == 0, said
 

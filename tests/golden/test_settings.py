@@ -1,6 +1,6 @@
 """What every config resolves to, for each of its arguments, is what tests/golden/settings.json says.
 
-After a change that is meant: `python -m tests.golden.test_settings` writes the file anew; read its diff.
+After a change that is meant: `python -m tests.golden.test_settings` writes the file again; read its diff.
 """
 
 import importlib
@@ -38,7 +38,7 @@ CONFIGS = {  # the arguments of each config, one at a time and the pairs that sa
     "sinks.pretrain": ("smoke",),
     "sinks.qa_stream": ("smoke", "model=x"),
     "sinks.speed": ("smoke", "model=x"),
-    "sinks.streameval": ("smoke", "model=x"),
+    "sinks.streameval": ("smoke", "model=x", "keys=lines"),
     "metaopt.charrnn": ("smoke", "epochs=2", "seeds=2"),
     "metaopt.cifar10_resnet20": ("smoke", "small", "epochs=2", "seeds=2", "small,smoke,epochs=3"),
     "metaopt.gpt": ("smoke", "epochs=2", "seeds=2"),
@@ -61,11 +61,10 @@ def resolved(job: str, values: dict[str, Any]) -> dict[str, Any]:
     """The objects that a job works with."""
     if job == "jepa_pretrain":
         s = resolve(values)
-        parts = "name", "data", "train", "mesh", "probe", "checkpoint", "writers"
-        of_recipe = "model", "masks", "objective", "ema", "policy", "optim"
         stream = repr(s.augmentation), repr(AddMasks(s.recipe.masks, s.train.seed))
-        return {p: getattr(s, p) for p in parts} | {p: getattr(s.recipe, p) for p in of_recipe} | {
-            "crop": s.evaluation_crop, "probing": s.probe.spec(s.train.seed), "saved with the stream of data": stream
+        return {f.name: getattr(s, f.name) for f in fields(s)} | {
+            "model": s.recipe.model, "crop": s.evaluation_crop, "probing": s.probe.spec(s.train.seed),
+            "saved with the stream of data": stream,
         }  # fmt: skip
     if job.startswith("metaopt"):
         s = build(grid_job.Settings if job == "metaopt_grid" else table1.Settings, values)

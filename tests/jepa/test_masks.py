@@ -359,7 +359,7 @@ def test_coverage_counts_patches():
         (dict(context_tokens=140), "set context_tokens to at most"),
         (dict(target_scale=(0.5, 0.6)), "smaller targets"),
         (dict(mode="paper", grid=(8, 8)), "can have 3 x 3 = 9 patches, and min_keep 10"),
-        (dict(mode="paper", grid=(2, 2)), "loops for ever"),
+        (dict(mode="paper", grid=(2, 2)), "loops forever"),
     ],
 )
 def test_a_spec_that_cannot_be_sampled_is_refused(kwargs, message):

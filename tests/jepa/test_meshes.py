@@ -12,13 +12,13 @@ from common.mesh import MeshSpec, make_mesh
 from common.metrics import compute
 from common.nn.cpu import compiler_options
 from common.nn.policy import Policy
-from common.optim import OptimSpec
+from common.optim import OptimSpec, adamw
 from common.sharding import BATCH_AXES, batch_sharding, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
 from common.train_step import make_train_step
 from jepa.config import vit
 from jepa.masks import MaskSpec
-from jepa.recipe import AddMasks, IJepa
+from jepa.recipe import AddMasks, EmaSpec, IJepa
 
 STEPS, BATCH = 3, 16
 MESHES = {"ddp": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 2), "fsdp_tensor": (2, 2, 2)}
@@ -31,8 +31,8 @@ def recipe(compute: str = "float32") -> IJepa:
     )  # fmt: skip
     policy = Policy(compute=compute, unroll=1, batch_axes=BATCH_AXES)
     # A large eps: Adam's first steps otherwise turn rounding in tiny gradients into whole learning rates.
-    optim = OptimSpec(lr=1e-3, eps=1e-3)
-    return IJepa(model, MaskSpec(grid=model.grid), steps=10, optim=optim, policy=policy)
+    tx, momentum = adamw(OptimSpec(lr=1e-3, eps=1e-3), 10), EmaSpec().schedule(10)
+    return IJepa(model, MaskSpec(grid=model.grid), tx, momentum, policy=policy)
 
 
 def batch(step: int) -> dict:

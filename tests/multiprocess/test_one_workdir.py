@@ -1,4 +1,4 @@
-"""The processes of a run have one workdir, and find out at the start if they do not. None waits for ever."""
+"""The processes of a run have one workdir, and find out at the start if they do not. None waits forever."""
 
 import jax
 import jax.numpy as jnp

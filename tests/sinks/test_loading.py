@@ -116,7 +116,7 @@ def test_a_folder_and_the_gguf_made_from_it_are_one_model(tmp_path):
 def test_a_tokenizer_beside_a_gguf_file_comes_first(tmp_path):
     odd = byte_level_metadata(pre="an-unknown-one")
     path = save_gguf(tmp_path / "m.gguf", tensors(LLAMA), odd)
-    with pytest.raises(ValueError, match=r"pre='an-unknown-one'.*tokenizer\.json beside"):
+    with pytest.raises(ValueError, match=r"pre='an-unknown-one'.*tokenizer\.json next to"):
         sinks.load(path, check=False)
     save_tokenizer(tmp_path)
     assert sinks.load(path, check=False).tokenizer.encode("h") == TOKENIZER.encode("h")

@@ -115,7 +115,7 @@ def test_tallies_add_up():
     "make, message",
     [
         (lambda: policies.make_policy("streaming"), "'streaming' is unknown; known: dense"),
-        (lambda: policies.make_policy("sinks", cache_size=4, sinks=4), "no room beside sinks=4"),
+        (lambda: policies.make_policy("sinks", cache_size=4, sinks=4), "no room next to sinks=4"),
         (
             lambda: policies.make_policy("evict_for_space", cache_size=13, sinks=3, block=10),
             "block=10: .* below the 10 recent tokens",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.optim import OptimSpec
+from common.optim import OptimSpec, adamw
 from sinks import stream
 from sinks.cache import CacheSpec
 from sinks.recipe import SINK_TOKENS, decays, variant
@@ -25,9 +25,8 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 9)))
 
 
 def recipe(name, **changes):
-    return variant(
-        name, MODEL, steps=10, optim=OptimSpec(lr=0.01, start_lr=0.01, clip=1.0), **changes
-    )
+    tx = adamw(OptimSpec(lr=0.01, start_lr=0.01, clip=1.0), 10, decays)
+    return variant(name, MODEL, tx=tx, **changes)
 
 
 @pytest.mark.parametrize("name", ["vanilla", "zero", "tokens2"])

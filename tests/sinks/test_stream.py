@@ -205,7 +205,7 @@ def test_layouts_that_do_not_fit_and_streams_too_long_are_refused():
         stream.extend(c, p, init(c, CacheSpec(2, 5), 1, stacked=False), [[1]])
     cache = init(c, CacheSpec(2, 5), 1, stacked=True)
     cache = replace(cache, length=cache.length + (2**31 - 2))
-    with pytest.raises(ValueError, match="begin anew"):
+    with pytest.raises(ValueError, match="start a new one"):
         stream.extend(c, p, cache, [[1, 2]])
 
 

@@ -129,7 +129,7 @@ def rendered(template, system="", answers=ANSWERS, tokenizer=BYTES):
 )
 def test_the_stream_reads_what_the_template_renders(template, tokenizer, system):
     if template == NO_SYSTEM and system:
-        with pytest.raises(ValueError, match=r"no system role\. It can be had without the system"):
+        with pytest.raises(ValueError, match=r"no system role\. It works without the system"):
             dialog(template, system, tokenizer)
         return
     answers = [a.strip() for a in ANSWERS] if template == TRIMS else ANSWERS
@@ -179,7 +179,7 @@ def test_weights_without_a_template_read_the_papers_form_after_one_bos():
     "template, system, message",
     [
         (OPENS_THOUGHTS, "", r"once there are later ones \('<think>' becomes ''\)"),
-        (LAST_SYSTEM, "Be brief.", "later ones .* It can be had without the system message"),
+        (LAST_SYSTEM, "Be brief.", "later ones .* It works without the system message"),
         (TWICE, "", "shows an answer 2 times"),
         (SHOUTS, "", "shows an answer 0 times"),
         (LAST_ONLY, "", "shows an answer 0 times"),

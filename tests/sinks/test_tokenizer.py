@@ -148,7 +148,7 @@ def test_a_template_may_refuse_and_may_not_reach_out():
 
 
 def test_what_cannot_be_rebuilt_is_named():
-    with pytest.raises(ValueError, match=r"pre='tekken': gpt-2, smollm.* tokenizer\.json beside"):
+    with pytest.raises(ValueError, match=r"pre='tekken': gpt-2, smollm.* tokenizer\.json next to"):
         tk.from_gguf(byte_level_metadata(pre="tekken"))
     with pytest.raises(ValueError, match="model='bert'"):
         tk.from_gguf(byte_level_metadata(model="bert"))

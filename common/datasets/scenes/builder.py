@@ -5,7 +5,7 @@
     source[3]  # {"image": uint8[64, 64, 3], "count": 4, "distance": 1, "shape": 0, "index": 3}
 
 Record i of `train` is scene i of the seed's world and record i of `test` is scene `TEST_START + i`,
-whatever the sizes of the splits and the number of worker processes.
+for all sizes of the splits and the number of worker processes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,7 @@ import tensorflow_datasets as tfds
 from rich.progress import track
 
 from common.datasets.scenes.render import SIZE
-from common.datasets.scenes.sample import (
-    DISTANCE_EDGES,
-    MAX_OBJECTS,
-    MIN_OBJECTS,
-    SHAPES,
-    example,
-)
+from common.datasets.scenes.sample import DISTANCE_EDGES, MAX_OBJECTS, MIN_OBJECTS, SHAPES, example
 
 TEST_START = 1_000_000_000  # scenes from here on are the test world's
 REMEDY = 'Call prepare under `if __name__ == "__main__":`, or pass workers=1 to start no process.'
@@ -170,7 +164,7 @@ def prepare(
     """
     config = scene_config(train, test, seed)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        # A worker that imports its parent's script, which holds the lock, would wait for ever.
+        # A worker that imports its parent's script, which holds the lock, would wait forever.
         raise RuntimeError(f"prepare was called while a worker process starts. {REMEDY}")
     with _alone(data_dir):
         builder = Scenes(data_dir=os.fspath(data_dir), config=config)

@@ -4,7 +4,7 @@
 
 For accelerators: 390 steps an epoch, 24 runs. A step takes 1.2 CPU seconds on a core of a Xeon, so the argument `small`
 trains the four methods of figure 2b (momentum 0.9) from 0.1 alone, on 5,120 images for 10 epochs, in less than an hour on
-a core; its errors stand beside each other, not beside the paper's.
+a core; its errors compare with each other, not with the paper's.
 
 Arguments: smoke; small; epochs=N; seeds=N. Prepare the data with `python -m common.data prepare cifar10`.
 """

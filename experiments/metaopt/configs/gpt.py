@@ -15,9 +15,6 @@ def get_config(arg: str = ""):
     config.name = "gpt"
     config.methods = ("adam", "cosine(adam)", "auto(adam)", "tower1(adam)", "prodigy")
     config.grid.update(
-        epochs=args.epochs,
-        rates=(1e-4, 1e-3, 1e-2),
-        seeds=seeds(args),
-        save_every=1,
+        epochs=args.epochs, rates=(1e-4, 1e-3, 1e-2), seeds=seeds(args), save_every=1
     )
     return smoke(config, args) if args.smoke else config

@@ -16,13 +16,5 @@ def get_config(arg: str = ""):
     config.grid.update(epochs=args.epochs, seeds=seeds(args))
     towers = [f"tower{h}(sgd)" for h in range(1, 6)]  # 4a
     by_table = [f"table_tower{h}(sgd)" for h in range(1, 4)]  # 4b
-    config.methods = (
-        "auto(sgd)",
-        "sgd",
-        "auto(adam)",
-        *towers,
-        *by_table,
-        "greedy(sgd)",
-        "adam",
-    )
+    config.methods = ("auto(sgd)", "sgd", "auto(adam)", *towers, *by_table, "greedy(sgd)", "adam")
     return smoke(config, args) if args.smoke else config

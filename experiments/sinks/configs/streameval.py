@@ -14,9 +14,8 @@ from experiments.sinks.tasks import StreamEvalSettings
 
 def get_config(arg: str = ""):
     config = to_config(StreamEvalSettings)
-    args = parse_arg(arg, smoke=False, model=config.model, keys="names")
-    # an argument: --config.keys would be a method of ConfigDict
-    config.update({"model": args.model, "keys": args.keys})
+    args = parse_arg(arg, smoke=False, model=config.model, keys=config["keys"])
+    config.update(model=args.model, keys=args.keys)  # --config.keys would be a method of ConfigDict
     if args.smoke:
         config.update(cache_sizes=(16,), queries=4, every=2, distances=(1, 2), chunk=64)
     return config

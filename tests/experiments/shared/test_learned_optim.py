@@ -43,20 +43,21 @@ def train(recipe, sizes: tuple[int, int, int], mode: str = "auto", steps: int = 
 
 @pytest.fixture(scope="module")
 def single():
-    """A recipe, and its rows on one device."""
+    """Settings, and the rows of their recipe on one device."""
     values = config(clip=1.0)
     values.policy.compute = "float32"
-    recipe = resolve(values.to_dict(), 1000).recipe
-    return recipe, train(recipe, (1, 1, 1))[1]
+    settings = resolve(values.to_dict(), 1000)
+    return settings, train(settings.recipe, (1, 1, 1))[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_eight_devices_learn_what_one_learns(single, mode):
-    recipe, rows = single
-    eight, same = train(recipe, (2, 4, 1), mode)
-    assert 0.01 * recipe.optim.lr < rows[0]["lr"] <= recipe.optim.lr  # the first move is short
-    assert rows[0]["weight_decay"] == pytest.approx(recipe.optim.weight_decay)
+    settings, rows = single
+    eight, same = train(settings.recipe, (2, 4, 1), mode)
+    optim = settings.optim
+    assert 0.01 * optim.lr < rows[0]["lr"] <= optim.lr  # the first move is short
+    assert rows[0]["weight_decay"] == pytest.approx(optim.weight_decay)
     for name in ("lr", "weight_decay"):
         assert len({row[name] for row in rows}) > 1, f"{name} moves"
     for a, b in zip(rows, same, strict=True):

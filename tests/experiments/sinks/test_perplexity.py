@@ -157,7 +157,7 @@ def test_a_text_shorter_than_the_cache_leaves_its_cell_empty(tmp_path):
     "changes, message",
     [
         ({"policies": ("streaming",)}, "policy 'streaming' is unknown"),
-        ({"cache_sizes": (2,)}, "cache_size=2 leaves no room beside sinks=2"),
+        ({"cache_sizes": (2,)}, "cache_size=2 leaves no room next to sinks=2"),
         ({"chunk": 0}, "chunk=0"),
         ({"text": "/no/such", "model": "/no/such/model"}, r"config\.text: text '/no/such'"),
         ({"tokens": 10**9}, r"config\.tokens=1000000000: the text has"),
