@@ -31,7 +31,7 @@ from experiments.shared.bench_gpu import (
     checked,
     compiled,
     largest,
-    main,
+    run_part,
     torch_contender,
     torch_device,
 )
@@ -149,5 +149,7 @@ def cells(smoke: bool) -> list[Cell]:
     return found
 
 
+main = partial(run_part, "bench_gpu_jepa", cells)
+
 if __name__ == "__main__":
-    sys.exit(main("bench_gpu_jepa", cells))
+    sys.exit(main())

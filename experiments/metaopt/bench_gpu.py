@@ -23,8 +23,8 @@ from experiments.shared.bench_gpu import (
     Contender,
     checked,
     compiled,
-    main,
     repeated,
+    run_part,
     torch_contender,
     torch_device,
 )
@@ -164,5 +164,7 @@ def cells(smoke: bool) -> list[Cell]:
     return found
 
 
+main = partial(run_part, "bench_gpu_metaopt", cells)
+
 if __name__ == "__main__":
-    sys.exit(main("bench_gpu_metaopt", cells))
+    sys.exit(main())

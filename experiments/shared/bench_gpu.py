@@ -183,7 +183,7 @@ def ceilings(smoke: bool) -> Cell:
     return Cell("ceilings", 20, names)
 
 
-def main(
+def run_part(
     job: str, cells: Callable[[bool], Sequence[Cell]], argv: Sequence[str] | None = None
 ) -> int:
     """The command of one part: measures the cells in their order, best first, and appends a row for each.

@@ -26,8 +26,8 @@ from experiments.shared.bench_gpu import (
     Contender,
     checked,
     compiled,
-    main,
     repeated,
+    run_part,
     torch_contender,
     torch_device,
 )
@@ -130,18 +130,10 @@ def check(dtype: str, tolerance: float) -> Contender:
 def fast_tests() -> Contender:
     """The fast tests of sinks and metaopt on this device; which fail is said, and how many is in the row."""
     env = os.environ | {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+    # without the conftest, which asks for CPU devices
+    options = ["-q", "-n8", "-pno:cacheprovider", "--noconftest", "-Wdefault", "-m"]
     which = "not slow and not multiproc and not peers and not aot and not fuzz"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--noconftest",
-        "-m",
-        which,
-    ]
+    command = [sys.executable, "-m", "pytest", *options, which]
     root = Path(__file__).parents[2]
     done = subprocess.run([*command, "tests/sinks", "tests/metaopt"], env=env, cwd=root, capture_output=True, text=True,
                           timeout=150, check=False)  # fmt: skip
@@ -200,5 +192,7 @@ def cells(smoke: bool) -> list[Cell]:
     return found
 
 
+main = partial(run_part, "bench_gpu_sinks", cells)
+
 if __name__ == "__main__":
-    sys.exit(main("bench_gpu_sinks", cells))
+    sys.exit(main())

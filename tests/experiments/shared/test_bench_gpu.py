@@ -20,7 +20,7 @@ def module(paper):
 
 
 def run(cells, out, *flags):
-    assert bench_gpu.main("bench_gpu_test", cells, ["--smoke", f"--out={out}", *flags]) == 0
+    assert bench_gpu.run_part("bench_gpu_test", cells, ["--smoke", f"--out={out}", *flags]) == 0
     return read_rows(out)
 
 
@@ -105,7 +105,7 @@ def test_memory_that_does_not_suffice_halves_the_batch():
 
 def test_a_gpu_is_asked_for_where_there_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        bench_gpu.main("bench_gpu_test", lambda smoke: [], [f"--out={tmp_path / 'x'}"])
+        bench_gpu.run_part("bench_gpu_test", lambda smoke: [], [f"--out={tmp_path / 'x'}"])
     assert "there is no GPU here: give --smoke" in capsys.readouterr().err
 
 
