@@ -6,10 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 # libtpu has an environment of its own: where it is installed, every run on a CPU begins with its errors.
 TPU := .venv-tpu
-INSTALL = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e
+# The newest stack that is tested has one too. pyenv's python3.12 answers only where 3.12 is among its chosen versions.
+NEWEST := .venv-newest
+PYTHON312 ?= $(shell PYENV_VERSION=3.12 python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null)
+# Python 3.11 takes no jax after 0.10.2; the other versions share the newest.
+PINS = $$($(1)/python -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-newest.txt")')
+INSTALL = $(1)/pip install -q --disable-pip-version-check -c "$(call PINS,$(1))" -e
+PINNED := tpu peers notebooks tensorboard wandb dev
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 
-.PHONY: help reproduce test test-fast test-peers test-aot test-fuzz check lint format types boundaries bench bench-gpu notebooks tables preflight clean
+.PHONY: help reproduce test test-fast test-newest test-peers test-aot test-fuzz check lint format types boundaries bench bench-gpu notebooks tables preflight constraints clean same-python
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,6 +28,10 @@ test: $(VENV)/dev  ## all tests that need no torch
 
 test-fast: $(VENV)/dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not multiproc and not peers and not aot and not fuzz"
+
+test-newest:  ## the fast tests on Python 3.12 with the newest jax (PYTHON312=/path/to/it)
+	@"$(PYTHON312)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { echo "error: no Python 3.12 here. Install one (its venv module too), or name it: make $@ PYTHON312=/path/to/python3.12" >&2; exit 1; }
+	$(MAKE) PYTHON="$(PYTHON312)" VENV=$(NEWEST) test-fast
 
 test-peers: $(VENV)/peers  ## parity with live peers (torch, transformers)
 	$(BIN)/python -m pytest -n 2 -m peers
@@ -71,37 +81,51 @@ define venv
 	"$(PYTHON)" -m venv $(1)
 endef
 
+# An environment keeps its Python: another one that is asked for would go unused without a word.
+same-python: | $(VENV)/bin/pip
+ifneq ($(origin PYTHON),file)
+	@v='import sys; print("Python %d.%d" % sys.version_info[:2])'; has=$$($(BIN)/python -c "$$v"); wanted=$$("$(PYTHON)" -c "$$v" || echo "$(PYTHON)"); \
+	[ "$$has" = "$$wanted" ] || { echo "error: $(VENV) holds $$has, not $$wanted: name another environment (VENV=.venv-other), or 'make clean' first" >&2; exit 1; }
+endif
+
 $(VENV)/bin/pip:
 	$(call venv,$(VENV))
 
-$(VENV)/base: pyproject.toml constraints.txt | $(VENV)/bin/pip
+$(VENV)/base: pyproject.toml constraints.txt constraints-newest.txt | $(VENV)/bin/pip same-python
 	@echo "installing (about a minute on first use)"
-	$(INSTALL) .
+	$(call INSTALL,$(BIN)) .
 	@touch $@
 
 $(VENV)/dev: $(VENV)/base
-	$(INSTALL) ".[dev]"
+	$(call INSTALL,$(BIN)) ".[dev]"
 	@touch $@
 
 $(VENV)/peers: $(VENV)/dev
-	$(INSTALL) ".[peers]"
+	$(call INSTALL,$(BIN)) ".[peers]"
 	@touch $@
 
 $(VENV)/gpu: $(VENV)/peers
-	$(INSTALL) ".[cuda]"
+	$(call INSTALL,$(BIN)) ".[cuda]"
 	@touch $@
 
 $(VENV)/notebooks: $(VENV)/base
-	$(INSTALL) ".[notebooks]"
+	$(call INSTALL,$(BIN)) ".[notebooks]"
 	@touch $@
 
 $(TPU)/bin/pip:
 	$(call venv,$(TPU))
 
-$(TPU)/ready: pyproject.toml constraints.txt | $(TPU)/bin/pip
+$(TPU)/ready: pyproject.toml constraints.txt constraints-newest.txt | $(TPU)/bin/pip
 	@echo "installing into $(TPU) (about a minute on first use)"
-	$(TPU)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,tpu]"
+	$(call INSTALL,$(TPU)/bin) ".[dev,tpu]"
 	@touch $@
 
+# The nvidia packages stay out: jax's plugins and torch each name those that they were built with.
+constraints: $(VENV)/bin/pip  ## write both files of pinned versions (UV=--upgrade takes the newest of everything)
+	$(BIN)/pip install -q uv
+	@for end in 3.11=constraints.txt 3.12=constraints-newest.txt; do \
+	  $(BIN)/uv pip compile -q pyproject.toml $(PINNED:%=--extra %) --python-version $${end%=*} --no-annotate --custom-compile-command "make constraints" $(UV) -o $${end#*=} && \
+	  grep -vE '^(nvidia|cuda|triton)' $${end#*=} >$${end#*=}.new && mv $${end#*=}.new $${end#*=} || exit 1; done
+
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(TPU) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TPU) $(NEWEST) .pytest_cache .ruff_cache *.egg-info

@@ -13,7 +13,7 @@ import numpy as np
 from common.augment import normalize
 from common.data import open_source
 from common.metrics import compute
-from common.optim import OptimSpec
+from common.optim import OptimSpec, adamw
 from common.state import init_state
 from common.train_step import make_train_step
 from jepa.config import vit
@@ -34,9 +34,9 @@ def main() -> None:
     )
     model = vit("tiny", image=8, patch=2, **SIZES, **PREDICTOR)
     masks = MaskSpec(grid=model.grid, min_keep=2, context_tokens=6)
-    optim = OptimSpec(lr=1e-3, warmup=STEPS // 10, final_weight_decay=0.04)
+    tx = adamw(OptimSpec(lr=1e-3, warmup=STEPS // 10, final_weight_decay=0.04), STEPS)
     objective = ObjectiveSpec(vicreg=0.01)  # C-JEPA's terms keep short runs from collapse
-    recipe = IJepa(model, masks, STEPS, optim, EmaSpec(0.99, 1.0), objective)
+    recipe = IJepa(model, masks, tx, EmaSpec(0.99, 1.0).schedule(STEPS), objective)
     features = jax.jit(lambda params, x: recipe.encoder(params, normalize(x)).mean(1))
 
     def report(what: str, target: dict) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.mesh import MeshSpec, make_mesh
 from common.metrics import compute
-from common.optim import OptimSpec
+from common.optim import OptimSpec, adamw
 from common.sharding import PARAM_RULES, batch_sharding, path_name, replicated
 from common.state import init_sharded, state_shardings
 from common.train_step import make_train_step
@@ -30,7 +30,7 @@ def main() -> None:
     print(f"mesh: {dict(mesh.shape)}\nrules: {dict(PARAM_RULES)}")
 
     model = ModelConfig(family="llama", **SIZES, **HEADS)
-    recipe = LanguageModel(model, STEPS, OptimSpec(lr=3e-3, warmup=STEPS // 6))
+    recipe = LanguageModel(model, adamw(OptimSpec(lr=3e-3, warmup=STEPS // 6), STEPS))
     abstract, sharding = state_shardings(recipe, mesh)
     for path, shape in jax.tree_util.tree_leaves_with_path(abstract.params["blocks"]):
         name = path_name(path)

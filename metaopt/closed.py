@@ -124,7 +124,7 @@ def _adagrad(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
     return {name: forms[name]() for name in names}
 
 
-def _adam_state(state: Any) -> H:
+def _adam_state(state: Any) -> dict[str, Any]:
     return {"t": state[0].count, "m": state[0].mu, "v": state[0].nu}
 
 

@@ -12,6 +12,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         # Their passes are half of the compile time of a training step. A jaxlib that does not know a flag ends the process.
-        *(["--xla_cpu_use_fusion_emitters=false"] if JAXLIB < (0, 12) else []),
+        *(["--xla_cpu_use_fusion_emitters=false"] if JAXLIB < (0, 11) else []),
     ]
 )

@@ -11,7 +11,7 @@ CONFTEST = Path(__file__).with_name("conftest.py")
 
 
 @pytest.mark.parametrize(
-    ("version", "known"), [("0.10.2", True), ("0.11.0", True), ("0.12.0.1", False)]
+    ("version", "known"), [("0.10.2", True), ("0.11.2", False), ("0.12.0.1", False)]
 )
 def test_a_flag_is_set_only_where_jaxlib_knows_it(monkeypatch, version, known):
     monkeypatch.setenv("XLA_FLAGS", "")

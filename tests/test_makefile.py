@@ -1,4 +1,4 @@
-"""`make` finds a Python that is new enough, and says so where there is none; libtpu stays out of the main environment."""
+"""`make` finds a Python that is new enough or says so, gives each its pins, and keeps libtpu out of the main environment."""
 
 import shutil
 import subprocess
@@ -24,7 +24,8 @@ def make(tmp_path):
             else:
                 (tmp_path / name).write_text(OLD)
                 (tmp_path / name).chmod(0o755)
-        command = [MAKE, "-C", str(ROOT), f"VENV={tmp_path / 'venv'}", f"TPU={tmp_path / 'tpu'}"]
+        places = {"VENV": "venv", "TPU": "tpu", "NEWEST": "newest"}
+        command = [MAKE, "-C", str(ROOT), *(f"{k}={tmp_path / v}" for k, v in places.items())]
         return subprocess.run(
             [*command, *arguments],
             env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False,
@@ -63,4 +64,52 @@ def test_libtpu_is_installed_into_an_environment_of_its_own(make, tmp_path, targ
     assert "tpu]" in done.stdout and f"{tmp_path}/venv" not in done.stdout
     rest = make({}, "-n", "reproduce", "test", "test-peers", "check", "notebooks", "bench")
     assert "tpu]" not in rest.stdout and f"{tmp_path}/venv" in rest.stdout
-    assert f"{tmp_path}/tpu" in make({}, "-n", "clean").stdout
+    cleaned = make({}, "-n", "clean").stdout
+    assert f"{tmp_path}/tpu" in cleaned and f"{tmp_path}/newest" in cleaned
+
+
+def fake_environment(path, version):
+    """A virtual environment whose Python answers with this version, and whose pip prints its arguments."""
+    (path / "bin").mkdir(parents=True)
+    for name, line in {
+        "python": f"import runpy, sys; sys.version_info = {version}; exec(sys.argv[2])",
+        "pip": "import sys; print(*sys.argv[1:])",
+    }.items():
+        (path / "bin" / name).write_text(f"#!{sys.executable}\n{line}\n")
+        (path / "bin" / name).chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("version", "pins"),
+    [
+        ((3, 11, 7), "constraints.txt"),
+        ((3, 12, 1), "constraints-newest.txt"),
+        ((3, 13, 0), "constraints-newest.txt"),
+    ],
+)
+def test_each_python_installs_the_versions_pinned_for_it(make, tmp_path, version, pins):
+    fake_environment(tmp_path / "venv", version)
+    (tmp_path / "touch").symlink_to(shutil.which("touch"))
+    done = make({}, f"{tmp_path}/venv/base")
+    assert done.returncode == 0 and f"-c {pins} -e ." in done.stdout, done
+
+
+def test_an_environment_of_another_python_than_asked_for_is_refused(make, tmp_path):
+    fake_environment(tmp_path / "venv", (3, 8, 0))
+    done = make({"python3": True}, "same-python", "PYTHON=python3")
+    assert done.returncode and f"{tmp_path}/venv holds Python 3.8, not Python 3." in done.stderr
+    assert make({}, "same-python").returncode == 0  # no other one was asked for
+
+
+def test_the_newest_stack_takes_python_3_12_and_says_where_it_is_missing(make, tmp_path):
+    for given in ([], ["PYTHON312=/no/python"], ["PYTHON312=python3"]):
+        done = make({"python3": False}, "test-newest", *given)
+        assert (
+            done.returncode
+            and "error: no Python 3.12" in done.stderr
+            and "pytest" not in done.stdout
+        )
+    fake_environment(tmp_path, (3, 12, 9))
+    done = make({}, "-n", "test-newest", f"PYTHON312={tmp_path}/bin/python")
+    assert f'"{tmp_path}/bin/python" -m venv {tmp_path}/newest\n' in done.stdout, done
+    assert f"{tmp_path}/newest/bin/python -m pytest" in done.stdout

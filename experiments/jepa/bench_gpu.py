@@ -22,6 +22,7 @@ from jax.tree_util import Partial
 from common.augment import RandomResizedCrop
 from common.flops import traced_flops
 from common.nn.policy import Policy
+from common.optim import OptimSpec, adamw
 from common.state import init_state
 from common.train_step import AS_IT_IS, make_dispatch, make_train_step
 from experiments.shared.bench_gpu import (
@@ -37,7 +38,7 @@ from experiments.shared.bench_gpu import (
 from jepa.config import ViTConfig, vit
 from jepa.device_batch import DeviceBatch
 from jepa.masks import MaskSpec
-from jepa.recipe import AddMasks, IJepa
+from jepa.recipe import AddMasks, EmaSpec, IJepa
 
 # model, side of the stored images, images in memory, steps a dispatch
 T4 = vit("tiny", image=32, patch=4), 32, 50_000, 10
@@ -48,10 +49,15 @@ TINY = replace(T4[0], width=32, depth=1, heads=2, hidden=64, predictor_width=16,
 Shape = tuple[ViTConfig, int, int, int]
 
 
+def _recipe(model: ViTConfig, policy: Policy) -> IJepa:
+    tx, momentum = adamw(OptimSpec(), 10_000), EmaSpec().schedule(10_000)
+    return IJepa(model, MaskSpec(grid=model.grid), tx, momentum, policy=policy)
+
+
 def ours(shape: Shape, bare: bool, batch: int) -> Contender:
     """The train loop's own step: forward of both encoders and the predictor, backward, AdamW, EMA."""
     model, side, count, k = shape
-    recipe = IJepa(model, MaskSpec(grid=model.grid), steps=10_000, policy=Policy(unroll=1))
+    recipe = _recipe(model, Policy(unroll=1))
     rng = np.random.default_rng(0)
     pixels = (batch if bare else count, side, side, 3)
     images = rng.integers(0, 256, pixels, np.uint8)
@@ -84,7 +90,7 @@ def ours(shape: Shape, bare: bool, batch: int) -> Contender:
 
 def peer(shape: Shape, mode: str, batch: int) -> Contender:
     """The same step by transformers' layers, with fused AdamW: "eager", or torch.compile's mode."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
 
     from experiments.jepa import bench_torch
 
@@ -108,7 +114,7 @@ def check(dtype: str, tolerance: float) -> Contender:
     """Loss and gradient of a small model here, against the CPU's in float32."""
 
     def loss_in(dtype: str):
-        recipe = IJepa(TINY, MaskSpec(grid=TINY.grid), steps=10, policy=Policy(compute=dtype))
+        recipe = _recipe(TINY, Policy(compute=dtype))
         grad = jax.value_and_grad(lambda p, x, b: recipe.loss(p, x, b, None)[0])
 
         def both(params, extra, batch):

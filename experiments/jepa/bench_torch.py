@@ -52,7 +52,7 @@ def from_transformers(_: str, image, patch, width, depth, heads, p_width, p_dept
     def config(width: int) -> Any:
         return IJepaConfig(
             hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width, image_size=image, patch_size=patch,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  # its base class takes it
         )  # fmt: skip
 
     def first(out: Any) -> torch.Tensor:
@@ -74,6 +74,8 @@ def from_transformers(_: str, image, patch, width, depth, heads, p_width, p_dept
             return self.norm(x)
 
     class Predictor(nn.Module):
+        positions: torch.Tensor
+
         def __init__(self):
             super().__init__()
             tokens = (image // patch) ** 2

@@ -37,8 +37,7 @@ class DataSettings:
       data_dir: folder of TFDS data sets; None takes TFDS_DATA_DIR.
       examples: training images, for a run without the set (preflight).
       crop_scale: range of a training crop's share of the image's area.
-      crop_ratio: range of a training crop's width / height.
-      flip: whether half of the training images are mirrored.
+      crop_ratio: range of a training crop's width / height.  flip: whether half of the training images are mirrored.
       eval_resize: short side before the centre crop of evaluations, in pixels; None takes the model's image size.
       workers: processes that prepare batches; 0 is a thread of the main one.
       on_device: whether all images lie on the device, where crops and masks are made inside the step.
@@ -63,26 +62,17 @@ class DataSettings:
     def __post_init__(self):
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out}: give a share, at least 0 and below 1")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ConfigError(
-                f"config.data.crop_scale={self.crop_scale}: give the least and the largest share of the image's "
-                "area, both above 0 and at most 1, the smaller first"
-            )
-        low, high = self.crop_ratio
-        if not 0 < low <= high < math.inf:
-            raise ConfigError(
-                f"config.data.crop_ratio={self.crop_ratio}: give the least and the largest width / height, both "
-                "above 0, the smaller first"
-            )
-
-    def check_resize(self, image: int) -> None:
-        """Raises ConfigError unless the resized image holds the centre crop of `image` pixels."""
-        if self.eval_resize is not None and self.eval_resize < image:
-            raise ConfigError(
-                f"config.data.eval_resize={self.eval_resize}: give config.model.image={image} pixels or more, or None "
-                "for just that"
-            )
+        limits = {
+            "crop_scale": ("share of the image's area", 1.0),
+            "crop_ratio": ("width / height", math.inf),
+        }
+        for name, (what, most) in limits.items():
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most or high == math.inf:
+                raise ConfigError(
+                    f"config.data.{name}={(low, high)}: give the least and the largest {what}, both above 0"
+                    f"{' and at most 1' if most == 1 else ''}, the smaller first"
+                )
 
 
 @dataclass(frozen=True)
@@ -112,6 +102,9 @@ class ModelSettings:
     predictor_heads: int | None = None
     depth_rescale: bool = ViTConfig.depth_rescale
     position_scale: float = ViTConfig.position_scale
+
+    def __post_init__(self):
+        _ = self.config  # refuses sizes that do not fit
 
     @cached_property
     def config(self) -> ViTConfig:
@@ -171,12 +164,7 @@ class ProbeSettings:
         if self.neighbors < 1:
             raise ValueError(f"neighbors={self.neighbors}: at least 1 image votes")
         # What a probe learns from or is tested on; the collapse monitors compare two images.
-        least = {
-            "knn_train": self.neighbors,
-            "knn_test": 2,
-            "train_examples": 2,
-            "test_examples": 1,
-        }
+        least = dict(knn_train=self.neighbors, knn_test=2, train_examples=2, test_examples=1)
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -228,6 +216,18 @@ class Settings:
     probe: ProbeSettings
     writers: WriterSettings
 
+    def __post_init__(self):
+        image, resize = self.model.image, self.data.eval_resize
+        if resize is not None and resize < image:
+            raise ConfigError(
+                f"config.data.eval_resize={resize}: give config.model.image={image} pixels or more, or None for just that"
+            )
+        if self.masks.mode == "paper" and self.train.batch % self.masks.collate:
+            raise ConfigError(
+                f"config.masks.collate={self.masks.collate} does not divide config.train.batch={self.train.batch}"
+            )
+        self.optim.lr_schedule(self.train.steps)  # refuses a warm-up that does not fit
+
     @cached_property
     def recipe(self) -> IJepa:
         """The method that is trained."""
@@ -241,12 +241,8 @@ class Settings:
     @property
     def augmentation(self) -> RandomResizedCrop:
         """The training transform: random resized crop, and a flip where asked for."""
-        return RandomResizedCrop(
-            size=self.model.image,
-            scale=self.data.crop_scale,
-            ratio=self.data.crop_ratio,
-            flip=self.data.flip,
-        )
+        data = self.data
+        return RandomResizedCrop(self.model.image, data.crop_scale, data.crop_ratio, data.flip)
 
     @property
     def device_batch(self) -> DeviceBatch | None:
@@ -270,38 +266,23 @@ def resolve(values: Mapping[str, Any], examples: int | None = None) -> Settings:
     Raises:
       ConfigError: naming the setting, its value and the remedy.
     """
-    for name in (f.name for f in dataclasses.fields(Settings)):
-        if name not in values:
-            raise ConfigError(f"config.{name} is missing")
-    data = build(DataSettings, values["data"], "config.data.")
+    if missing := [f.name for f in dataclasses.fields(Settings) if f.name not in values]:
+        raise ConfigError(f"config.{missing[0]} is missing")
     train, optim = dict(values["train"]), dict(values["optim"])
-    train["steps"], per_epoch = _steps(train, examples or data.examples or 0)
+    train["steps"], per_epoch = _steps(train, examples or values["data"]["examples"] or 0)
     if optim["warmup"] and optim["warmup_epochs"]:
         raise ConfigError(
             f"config.optim.warmup={optim['warmup']} and config.optim.warmup_epochs={optim['warmup_epochs']}: set one of them"
         )
     optim["warmup"] = optim["warmup"] or int(optim["warmup_epochs"] * per_epoch)
-    try:
-        model = build(ModelSettings, values["model"], "config.model.").config
-        data.check_resize(model.image[0])
-        computed = {
-            "train": train,
-            "optim": optim,
-            "masks": {**values["masks"], "grid": model.grid},
-            "policy": {**values["policy"], "batch_axes": BATCH_AXES},
-        }
-        settings = build(Settings, {**values, **computed})
-        masks = settings.masks
-        if masks.mode == "paper" and settings.train.batch % masks.collate:
-            raise ConfigError(
-                f"config.masks.collate={masks.collate} does not divide config.train.batch={settings.train.batch}"
-            )
-        settings.optim.lr_schedule(settings.train.steps)  # refuses a warm-up that does not fit
-        return settings
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    model = build(ModelSettings, values["model"], "config.model.").config
+    computed = {
+        "train": train,
+        "optim": optim,
+        "masks": {**values["masks"], "grid": model.grid},
+        "policy": {**values["policy"], "batch_axes": BATCH_AXES},
+    }
+    return build(Settings, {**values, **computed})
 
 
 def _steps(train: Mapping[str, Any], examples: int) -> tuple[int, int]:

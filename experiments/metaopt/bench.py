@@ -113,7 +113,7 @@ def original(rounds: int) -> dict[str, Any]:
         torch.nn.functional.cross_entropy(plain(x), y).backward()
         adam.step()
 
-    wrapped = gdtuo.ModuleWrapper(net(), optimizer=gdtuo.Adam(1e-3, optimizer=gdtuo.SGD(1e-5)))
+    wrapped = gdtuo.ModuleWrapper(net(), optimizer=gdtuo.Adam(1e-3, optimizer=gdtuo.SGD(1e-5)))  # pyright: ignore[reportArgumentType]  # typed by its default
     wrapped.initialize()
 
     def tower_step() -> None:

@@ -68,7 +68,7 @@ def _stepping(once: Callable, params: Any, tx: Any, inputs: Any, updates: int) -
 
 
 def torch_adamw(parameters: int, count: int, **options: Any) -> Contender:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
 
     params = [torch.tensor(x, device=torch_device()) for x in arrays(parameters, count)]
     for p in params:
@@ -80,8 +80,8 @@ def torch_adamw(parameters: int, count: int, **options: Any) -> Contender:
 
 def original(parameters: int, count: int) -> Contender:
     """The paper's package, Adam by SGD, on a loss whose gradient is as cheap as ours: half the square of the parameters."""
-    import torch
-    from gradient_descent_the_ultimate_optimizer import gdtuo
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
+    from gradient_descent_the_ultimate_optimizer import gdtuo  # pyright: ignore[reportMissingImports]  # extra: peers
 
     module = torch.nn.ParameterList([torch.tensor(x) for x in arrays(parameters, count)])
     module = module.to(torch_device())
@@ -138,7 +138,7 @@ def check() -> Contender:
     """Three updates of a tower against the CPU's."""
     tx, params = contenders()["level2"], [jnp.asarray(x) for x in arrays(2_000, 4)]
 
-    def three(params):
+    def three(params: Any):
         state = tx.init(params)
         for _ in range(3):
             updates, state = tx.update([0.01 * x for x in params], state, params)

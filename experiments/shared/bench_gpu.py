@@ -123,14 +123,14 @@ def largest(make: Callable[[int], Contender], batch: int) -> Contender:
 
 
 def torch_device() -> Any:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def torch_contender(step: Callable[[], Any], **counts: Any) -> Contender:
     """A peer's: `step` and the wait for the device, with its peak of memory, which one call before the turns tells."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]  # extra: peers
 
     cuda = torch.cuda.is_available()
 

@@ -14,25 +14,17 @@ def optimizer(
     spec: OptimSpec, steps: int, mask: Mask = decays
 ) -> tuple[optax.GradientTransformation, Log]:
     """The optimizer of a run of `steps` updates, and what the log shows of it; `mask` says what decays."""
-    return (
-        (_learning(spec, mask), _learned)
-        if spec.auto
-        else (adamw(spec, steps, mask), scheduled(spec, steps))
-    )
+    if spec.auto:
+        return _learning(spec, mask), _learned
+    return adamw(spec, steps, mask), scheduled(spec, steps)
 
 
 def _learning(spec: OptimSpec, mask: Mask) -> optax.GradientTransformation:
     """`metaopt.auto` from the specification's peak rate and first weight decay; no schedule."""
 
     def factory(learning_rate: Any, weight_decay: Any = spec.weight_decay):
-        update = optax.adamw(
-            learning_rate,
-            b1=spec.b1,
-            b2=spec.b2,
-            eps=spec.eps,
-            weight_decay=weight_decay,
-            mask=mask,
-        )
+        fixed: dict[str, Any] = dict(b1=spec.b1, b2=spec.b2, eps=spec.eps, mask=mask)
+        update = optax.adamw(learning_rate, weight_decay=weight_decay, **fixed)
         # Clipping belongs inside: the signal is then that of the raw gradient.
         return optax.chain(optax.clip_by_global_norm(spec.clip), update) if spec.clip else update
 

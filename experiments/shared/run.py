@@ -308,8 +308,8 @@ class Run:
 
     def _changes_now(self, before: str) -> dict[str, list[Any]]:
         """`before`: the commit of the last start."""
-        now = {k: [_or_none(a), _or_none(b)] for k, (a, b) in self.changed.items()}
-        now |= {k: [None, value] for k, value in self.added.items()}
+        both = self.changed | {k: (NOTHING, value) for k, value in self.added.items()}
+        now = {k: [None if v is NOTHING else v for v in pair] for k, pair in both.items()}
         return now | ({"commit": [before, self.commit]} if before != self.commit else {})
 
 
@@ -393,7 +393,3 @@ def _besides_job(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _show(value: Any) -> str:
     return "nothing" if value is NOTHING else repr(value)
-
-
-def _or_none(value: Any) -> Any:
-    return None if value is NOTHING else value

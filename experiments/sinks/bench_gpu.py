@@ -155,26 +155,26 @@ def cells(smoke: bool) -> list[Cell]:
         recent: int,
         rows: int,
         int8: bool = False,
-        rivals: tuple = (),
+        against: tuple = (),
         seconds: float = 30,
     ) -> Cell:
         turns = {"ours": partial(ours, model, recent, rows, int8, K)}
         if not int8:
             turns["ours_1"] = partial(ours, model, recent, rows, int8, 1)
-        turns |= {kind: partial(peer, kind, model, recent, rows) for kind in rivals}
+        turns |= {kind: partial(peer, kind, model, recent, rows) for kind in against}
         dtype = "int8" if int8 else "bfloat16"
         return Cell(
-            f"decode {model} {dtype} 4+{recent} rows={rows}", seconds + 20 * len(rivals), turns
+            f"decode {model} {dtype} 4+{recent} rows={rows}", seconds + 20 * len(against), turns
         )
 
     if smoke:
-        return [decode("tiny", 28, 2, rivals=peers, seconds=0)]
+        return [decode("tiny", 28, 2, against=peers, seconds=0)]
     exact, half = partial(check, "float32", 1e-5), partial(check, "bfloat16", 2e-2)
     found = [Cell("check", 30, {"float32": exact, "bfloat16": half})]
     # by importance: a run that is cut keeps the best
-    found += [decode(m, 1020, 1, rivals=peers) for m in ("smollm2-135m", "llama3.2-1b")]
+    found += [decode(m, 1020, 1, against=peers) for m in ("smollm2-135m", "llama3.2-1b")]
     found += [
-        decode("smollm2-135m", 1020, rows, rivals=peers[:1] if rows == 8 else ())
+        decode("smollm2-135m", 1020, rows, against=peers[:1] if rows == 8 else ())
         for rows in (8, 64, 256)
     ]
     found += [Cell("fast tests", 160, {"tests": fast_tests}, repeats=2)]

@@ -7,9 +7,9 @@ device, and CUDA graphs by torch.compile. With a full cache nothing is masked, w
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+import torch  # pyright: ignore[reportMissingImports]  # extra: peers
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]  # extra: peers
+from torch import nn  # pyright: ignore[reportMissingImports]  # extra: peers
 
 from sinks.config import ModelConfig
 
@@ -116,7 +116,7 @@ def hugging_face(
     config: ModelConfig, capacity: int, rows: int, *, static: bool, device: torch.device, steps: int
 ) -> Callable[[], Any]:
     """The same by transformers' LlamaForCausalLM, which does no streaming: each token is read with `capacity` - 1 others."""
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache  # pyright: ignore[reportMissingImports]  # extra: peers
 
     c = config
     hf = LlamaConfig(

@@ -42,19 +42,16 @@ class Settings:
     Attributes:
       job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
       model: a name, a .gguf file, a safetensors folder or owner/name.
-      dtype: type of weights and cache; sums are float32.
-      int8: whether the ring is kept in 8 bits.
+      dtype: type of weights and cache; sums are float32.  int8: whether the ring is kept in 8 bits.
       text: "embedded", a file, or a folder of .txt files, read in order of their names as one stream.
       tokens: of the text, how many are read; None takes all.
       bos: whether the model's first token stands before each document.
       policies: names of sinks.policies.POLICIES.
-      cache_sizes: tokens in each cache, S + R.
-      sinks: numbers of sinks S.
+      cache_sizes: tokens in each cache, S + R.  sinks: numbers of sinks S.
       sample: predictions per chunk of policy "recompute"; None takes all, at cache_size times the work.
       block: tokens of a turn, of policy "evict_for_space": room is made for all of it; below cache_size - sinks.
       chunk: tokens at a time; but for `sample`, no result depends on it.
-      save_every: chunks between checkpoints.
-      seed: seed of the places that `sample` takes.
+      save_every: chunks between checkpoints.  seed: seed of the places that `sample` takes.
     """
 
     job: str = "sinks_perplexity"

@@ -41,10 +41,8 @@ class Settings:
     Attributes:
       job: what is run, a key of experiments.jobs.JOBS.  name: the experiment's name, in rows and in the log.
       model: a name, a .gguf file, a safetensors folder or owner/name.
-      dtype: type of weights and cache.
-      batch: streams side by side.
-      sinks: number of sinks S.
-      cache_sizes: tokens in each cache, S + R.
+      dtype: type of weights and cache.  batch: streams side by side.
+      sinks: number of sinks S.  cache_sizes: tokens in each cache, S + R.
       policies: "window", "sinks", "sinks_int8" or "recompute".
       tokens: tokens timed of each, or ten seconds of them; medians are reported.
     """

@@ -39,8 +39,7 @@ class Settings:
       policies: "sinks" or "window"; of questions also "alone".
       cache_sizes: tokens in each cache, S + R.  sinks: number of sinks S.
       samples: streams, each with a text or an order of its own.
-      chunk: tokens at a time.
-      seed: seed of the streams.
+      chunk: tokens at a time.  seed: seed of the streams.
     """
 
     job: str
@@ -82,8 +81,7 @@ class StreamEvalSettings(Settings):
     Attributes:
       queries: questions in each text.  every: lines between two questions.
       distances: how many lines back is asked for, in turn.
-      digits: of a register's value.
-      keys: what registers are called by, "names" or "lines".
+      digits: digits of a register's value.  keys: what registers are called by, "names" or "lines".
     """
 
     job: str = "sinks_streameval"

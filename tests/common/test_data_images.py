@@ -125,6 +125,7 @@ def test_images_are_turned_as_their_exif_entry_says(kind, tmp_path):
     np.testing.assert_array_equal(open_source(f"folder:{tmp_path}")[0]["image"], upright)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's
 def test_a_damaged_exif_entry_is_no_reason_to_lose_an_image():
     image = Image.new("RGB", (2, 2), (50, 60, 70))
     encoded = encode(image, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=95)

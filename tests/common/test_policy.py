@@ -182,7 +182,7 @@ def test_a_mesh_says_what_a_program_is_built_for():
 
     def program():
         double = lambda x: cpu.in_groups(lambda x: 2 * x, x, cpu.CACHE_BYTES // 8)  # noqa: E731
-        return str(jax.make_jaxpr(double)(jnp.ones((64, 4))))
+        return str(jax.make_jaxpr(double)(jax.ShapeDtypeStruct((64, 4), jnp.float32)))
 
     assert cpu.column_parts(192, 768) == 3 and "scan" in program()  # on this CPU, without a mesh
     with jax.sharding.use_abstract_mesh(built_for("cpu")):

@@ -67,7 +67,8 @@ time.sleep(60)
 
 def start_holder(path, *arguments):
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, path, *arguments],
+        # From Python 3.12 on, a fork beside threads is deprecated.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", HOLD, path, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,15 +11,6 @@ from experiments.jepa.configs.released import IN1K, released
 
 def get_config(arg: str = ""):
     return released(
-        arg,
-        name="in1k_vith14",
-        data="imagenet2012",
-        examples=IN1K,
-        size="huge",
-        image=224,
-        patch=14,
-        epochs=300.0,
-        warmup=40.0,
-        collate=128,
-        context_cap=104,
-    )
+        arg, name="in1k_vith14", data="imagenet2012", examples=IN1K, size="huge", image=224, patch=14,
+        epochs=300.0, warmup=40.0, collate=128, context_cap=104,
+    )  # fmt: skip

@@ -11,15 +11,6 @@ from experiments.jepa.configs.released import IN1K, released
 
 def get_config(arg: str = ""):
     return released(
-        arg,
-        name="in1k_vith16_448",
-        data="imagenet2012",
-        examples=IN1K,
-        size="huge",
-        image=448,
-        patch=16,
-        epochs=300.0,
-        warmup=40.0,
-        collate=16,
-        context_cap=400,
-    )
+        arg, name="in1k_vith16_448", data="imagenet2012", examples=IN1K, size="huge", image=448, patch=16,
+        epochs=300.0, warmup=40.0, collate=16, context_cap=400,
+    )  # fmt: skip

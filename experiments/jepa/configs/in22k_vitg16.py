@@ -12,15 +12,6 @@ from experiments.jepa.configs.released import IN22K, released
 
 def get_config(arg: str = ""):
     return released(
-        arg,
-        name="in22k_vitg16",
-        data="folder:imagenet22k",
-        examples=IN22K,
-        size="giant",
-        image=224,
-        patch=16,
-        epochs=44.0,
-        warmup=3.0,
-        collate=16,
-        context_cap=96,
-    )
+        arg, name="in22k_vitg16", data="folder:imagenet22k", examples=IN22K, size="giant", image=224, patch=16,
+        epochs=44.0, warmup=3.0, collate=16, context_cap=96,
+    )  # fmt: skip

@@ -12,15 +12,6 @@ from experiments.jepa.configs.released import IN22K, released
 
 def get_config(arg: str = ""):
     return released(
-        arg,
-        name="in22k_vith14",
-        data="folder:imagenet22k",
-        examples=IN22K,
-        size="huge",
-        image=224,
-        patch=14,
-        epochs=66.0,
-        warmup=3.0,
-        collate=32,
-        context_cap=112,
-    )
+        arg, name="in22k_vith14", data="folder:imagenet22k", examples=IN22K, size="huge", image=224, patch=14,
+        epochs=66.0, warmup=3.0, collate=32, context_cap=112,
+    )  # fmt: skip

@@ -20,7 +20,6 @@ def get_config(arg: str = ""):
     config = base("charrnn")
     config.name = "charrnn"
     config.methods = ("adam", "figure3_tower", "auto(adam)", "cosine(adam)")
-    config.grid.update(
-        epochs=args.epochs, rates=(1e-4, 2e-3, 1e-2), seeds=seeds(args), save_every=1
-    )
+    config.grid.update(epochs=args.epochs, rates=(1e-4, 2e-3, 1e-2))
+    config.grid.update(seeds=seeds(args), save_every=1)
     return smoke(config, args) if args.smoke else config

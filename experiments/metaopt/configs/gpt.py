@@ -14,7 +14,6 @@ def get_config(arg: str = ""):
     config = base("gpt")
     config.name = "gpt"
     config.methods = ("adam", "cosine(adam)", "auto(adam)", "tower1(adam)", "prodigy")
-    config.grid.update(
-        epochs=args.epochs, rates=(1e-4, 1e-3, 1e-2), seeds=seeds(args), save_every=1
-    )
+    config.grid.update(epochs=args.epochs, rates=(1e-4, 1e-3, 1e-2))
+    config.grid.update(seeds=seeds(args), save_every=1)
     return smoke(config, args) if args.smoke else config

@@ -16,5 +16,6 @@ def get_config(arg: str = ""):
     config.grid.update(epochs=args.epochs, seeds=seeds(args))
     towers = [f"tower{h}(sgd)" for h in range(1, 6)]  # 4a
     by_table = [f"table_tower{h}(sgd)" for h in range(1, 4)]  # 4b
-    config.methods = ("auto(sgd)", "sgd", "auto(adam)", *towers, *by_table, "greedy(sgd)", "adam")
+    ends = "greedy(sgd)", "adam"
+    config.methods = ("auto(sgd)", "sgd", "auto(adam)", *towers, *by_table, *ends)
     return smoke(config, args) if args.smoke else config

@@ -68,10 +68,18 @@ def test_a_plugin_of_another_version_than_jax_is_missed():
 def test_an_old_jax_is_missed_and_a_whole_installation_is_not():
     wanted = requirements(ROOT)
     assert any(
-        line.startswith("jax<0.11,>=0.10 (here 0.7.2)")
+        line.startswith("jax>=0.10.2 (here 0.7.2)")
         for line in unmet(wanted, "", lambda name: "0.7.2")
     )
     assert unmet(wanted, "", notebook_setup._version) == []
+
+
+@pytest.mark.parametrize("pins", ["constraints.txt", "constraints-newest.txt"])
+def test_both_ends_of_the_pinned_versions_meet_what_the_project_asks_for(pins):
+    lines = [line for line in (ROOT / pins).read_text().splitlines() if line[0] != "#"]
+    versions = dict(line.split("==") for line in lines)
+    lookup = lambda name: versions.get(name.lower().replace("_", "-"))  # noqa: E731
+    assert unmet(requirements(ROOT), "", lookup) == []
 
 
 def test_libraries_that_changed_under_the_kernel_are_named():
