@@ -16,6 +16,7 @@ import pytest
 from common import lease
 from common.full_disk import NoSpaceError, is_full, no_space
 from common.workdir import HELD, WorkdirError, hold
+from common.writers import write_whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,7 +172,9 @@ def test_a_holder_of_another_host_that_gives_signs_is_left_alone(tmp_path, share
         count = 0
         while not gone.wait(0.02):
             count += 1
-            (tmp_path / HELD).write_bytes(holder(sign=count).line())
+            write_whole(
+                tmp_path / HELD, holder(sign=count).line().decode()
+            )  # no reader sees half of it
 
     (tmp_path / HELD).write_bytes(holder().line())
     other = threading.Thread(target=sign)
