@@ -5,6 +5,7 @@ table.md, and results.jsonl (a row per setting). Interrupted, each setting goes 
 shows how far it came.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -124,9 +125,11 @@ def run(run: Run) -> int:
             continue
         if isinstance(policy, Cached) and name != "dense":
             stream.check_spec(model.config, policy.spec)
-        with run.part(folder.name) as clock:
-            found = _run_one(settings, run, name, policy, model, tokens, folder, inputs)
-        draw_perplexity(workdir)
+        try:
+            with run.part(folder.name) as clock:
+                found = _run_one(settings, run, name, policy, model, tokens, folder, inputs)
+        finally:
+            draw_perplexity(workdir)
         metrics = _metrics(*found) | {k: float(crc32) for k, crc32 in inputs.items()}
         if isinstance(policy, Cached):
             metrics["cache_bytes"] = float(policy.spec.nbytes(model.config))
@@ -197,36 +200,39 @@ def _run_one(
             first, seconds = saved["place"], saved["seconds"]
             tally, filled = Tally(**saved["tally"]), Tally(**saved["filled"])
             log.info("%s: goes on at token %d of %d", name, first, len(tokens))
+        restored_step = first if first else -1
         writer = make_writer(
-            folder, len(tokens) - 1, restored_step=first if first else -1, unit="tokens", headline="perplexity"
-        )  # fmt: skip
+            folder,
+            len(tokens) - 1,
+            restored_step=restored_step,
+            unit="tokens",
+            headline="perplexity",
+        )
         size = policy.spec.capacity if isinstance(policy, Cached) else getattr(policy, "length", 0)
         pieces = perplexity.score(
             model.config, model.params, policy, tokens, chunk=settings.chunk, first=first, state=state, seed=settings.seed
         )  # fmt: skip
         log.info("%s: %d tokens; compiling ...", name, len(tokens) - first)
         then = time.perf_counter()
-        for i, piece in enumerate(pieces, start=1):
-            places = piece.first + np.flatnonzero(piece.scored)
-            nll = piece.nll[piece.scored]
-            chunk = Tally.of(nll)
-            tally += chunk
-            filled += Tally.of(nll[places >= size])
-            now = time.perf_counter()
-            seconds, took, then = seconds + now - then, now - then, now
-            scalars = {"perplexity": tally.perplexity, "chunk_perplexity": chunk.perplexity}
-            rate = (piece.next - piece.first) / took
-            writer.write(piece.next, scalars | {"tokens_per_second": rate})
-            stop = guard.reached(i)
-            if stop or i % settings.save_every == 0:
-                progress = {"place": piece.next, "seconds": seconds}
-                sums = {"tally": asdict(tally), "filled": asdict(filled)}
-                saver.save(piece.next, piece.state, meta | inputs | progress | sums, wait=stop)
-            if stop and piece.next < len(tokens) - 1:
-                writer.close()
-                draw_perplexity(run.workdir)
-                raise Preempted(f"{name}: stopped at token {piece.next}; the state is saved")
-        writer.close()
+        with contextlib.closing(writer):
+            for i, piece in enumerate(pieces, start=1):
+                places = piece.first + np.flatnonzero(piece.scored)
+                nll = piece.nll[piece.scored]
+                chunk = Tally.of(nll)
+                tally += chunk
+                filled += Tally.of(nll[places >= size])
+                now = time.perf_counter()
+                seconds, took, then = seconds + now - then, now - then, now
+                scalars = {"perplexity": tally.perplexity, "chunk_perplexity": chunk.perplexity}
+                rate = (piece.next - piece.first) / took
+                writer.write(piece.next, scalars | {"tokens_per_second": rate})
+                stop = guard.reached(i)
+                if stop or i % settings.save_every == 0:
+                    progress = {"place": piece.next, "seconds": seconds}
+                    sums = {"tally": asdict(tally), "filled": asdict(filled)}
+                    saver.save(piece.next, piece.state, meta | inputs | progress | sums, wait=stop)
+                if stop and piece.next < len(tokens) - 1:
+                    raise Preempted(f"{name}: stopped at token {piece.next}; the state is saved")
     return tally, filled, seconds
 
 

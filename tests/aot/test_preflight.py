@@ -12,6 +12,7 @@ import pytest
 
 from common.results import config_hash
 from experiments import preflight
+from experiments.shared.old_settings import as_before
 
 HLO = """
 %all-reduce-scatter.1 (a: f32[8,4]) -> f32[2,4] {
@@ -121,7 +122,7 @@ def test_missing_is_what_the_table_lacks_of_the_recipe_as_it_is_now(monkeypatch,
     def check(values, topology):
         seen.append(values["name"])
         found = {**row, "config": values["name"], "collectives": {}}
-        return preflight.Report(**found | {"config_hash": config_hash(values)})
+        return preflight.Report(**found | {"config_hash": config_hash(as_before(values))})
 
     monkeypatch.setattr(preflight, "check", check)
     monkeypatch.setattr(preflight, "TABLE", tmp_path / "table.json")
