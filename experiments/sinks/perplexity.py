@@ -217,8 +217,7 @@ def _run_one(
         with contextlib.closing(writer):
             for i, piece in enumerate(pieces, start=1):
                 places = piece.first + np.flatnonzero(piece.scored)
-                nll = piece.nll[piece.scored]
-                chunk = Tally.of(nll)
+                chunk = Tally.of(nll := piece.nll[piece.scored])
                 tally += chunk
                 filled += Tally.of(nll[places >= size])
                 now = time.perf_counter()
