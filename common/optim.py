@@ -23,7 +23,7 @@ class OptimSpec:
       warmup: updates of linear warm-up.
       weight_decay: decoupled decay at the start; it multiplies the learning rate (torch's and optax's convention).
       final_weight_decay: decay at the end, along a cosine.
-      b1, b2, eps: AdamW's decay rates of the moments and its epsilon.
+      b1: AdamW's decay rate of the first moment.  b2: that of the second.  eps: AdamW's epsilon.
       clip: largest global gradient norm; None for no clipping (I-JEPA's).
       schedule_scale: stretches all schedules beyond the run (`ipe_scale`: 1.0 for I-JEPA, 1.25 for V-JEPA).
       auto: whether rate and decay learn themselves, from `lr` and `weight_decay` on. `adamw` does not.

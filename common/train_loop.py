@@ -74,8 +74,10 @@ class TrainSpec:
         if not self.profile_steps:
             hooks = hooks[:3]
         each = self.steps_per_dispatch
-        if odd := [f"train.{n}={v}" for n in ("steps", *hooks) if (v := getattr(self, n)) % each]:
-            raise ValueError(f"train.steps_per_dispatch={each} must divide {', '.join(odd)}")
+        if odd := [f"{n}={v}" for n in ("steps", *hooks) if (v := getattr(self, n)) % each]:
+            raise ValueError(
+                f"steps_per_dispatch={each} does not divide {', '.join(odd)}: change these, or set it to 1"
+            )
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises ValueError unless every microbatch spreads evenly over the mesh."""

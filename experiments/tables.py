@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         elif not path.exists() or path.read_text() != text:
             print(f"{path} is out of date: run python -m experiments.tables", file=sys.stderr)
             code = 1
+        else:
+            print(f"{path} is what the rows say")
     return code
 
 

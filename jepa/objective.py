@@ -28,8 +28,8 @@ class ObjectiveSpec:
         what position alone predicts is then no part of the loss, which short runs otherwise spend themselves on.
       position_noise: StoP's sigma on mask positions; 0.25 in its paper, 0 for I-JEPA.
       vicreg: factor on C-JEPA's terms; 0 for I-JEPA.
-      variance, covariance, invariance: C-JEPA's terms on pooled context and target embeddings (Mo & Tong, NeurIPS
-        2024; docs/papers/ijepa.md 6.1), each times `vicreg`.
+      variance: factor on C-JEPA's variance term, itself times `vicreg` (Mo & Tong, NeurIPS 2024; docs/papers/ijepa.md 6.1).
+      covariance: factor on its covariance term.  invariance: factor on its distance of pooled context and target.
     """
 
     distance: str = "smooth_l1"

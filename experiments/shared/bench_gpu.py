@@ -207,6 +207,10 @@ def run_part(
     done = {row.arg for row, where in rows if where == here}
     first, last = ceilings(args.smoke), ceilings(args.smoke)
     todo = [c for c in cells(args.smoke) if c.name.startswith(args.only) and c.name not in done]
+    if not todo:
+        print(
+            f"{args.out} has a row of every cell of this machine: remove a row to measure it again"
+        )
     reached: dict[str, float] = {}
     for number, cell in enumerate([first, *todo, last] if todo else []):
         left = end - time.monotonic()

@@ -16,9 +16,10 @@ NOT_SET: dict[str, Any] = {
     **{"task.data_dir": "", "rows": ()},
 }  # fmt: skip
 # By job: settings of today at the values that 0.1 had without them, and settings that only 0.1 had.
+_JEPA = {"optim.warmup": 0, "data.on_device": False}
 ADDED: dict[str, dict[str, Any]] = {
-    "jepa_pretrain": {"optim.warmup": 0},
-    "jepa_baselines": {"optim.warmup": 0},
+    "jepa_pretrain": _JEPA,
+    "jepa_baselines": _JEPA,
     "sinks_pretrain": {"optim.b1": 0.9, "optim.eps": 1e-8, "optim.schedule_scale": 1.0},
 }
 GONE: dict[str, dict[str, Any]] = {"metaopt_table1": {"methods": ()}}

@@ -41,7 +41,6 @@ FREE = (
     "train.accumulate",
     "train.steps_per_dispatch",
     "data.workers",
-    "data.on_device",  # the same records; crops and masks are other draws, which no checkpoint mixes (its fingerprint)
     "data.skip_bad",  # batches are the same up to the first damaged image, and the row counts what was skipped
     "data.data_dir",
     "task.data_dir",

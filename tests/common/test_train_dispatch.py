@@ -82,5 +82,5 @@ def test_a_batch_is_prepared_inside_from_arrays_that_are_not_split(mode):
 def test_a_cadence_that_a_dispatch_does_not_divide_is_refused_by_name(name):
     good = {"steps": 8, "log_every": 4, "save_every": 0, "profile_start": 4, "profile_steps": 4}
     TrainSpec(batch=8, steps_per_dispatch=4, **good)
-    with pytest.raises(ValueError, match=rf"train.steps_per_dispatch=4 must divide train.{name}=6"):
+    with pytest.raises(ValueError, match=rf"steps_per_dispatch=4 does not divide {name}=6"):
         TrainSpec(batch=8, steps_per_dispatch=4, **{**good, name: 6})
