@@ -6,9 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # libtpu has an environment of its own: where it is installed, every run on a CPU begins with its errors.
 TPU := .venv-tpu
-# The newest stack that is tested has one too. pyenv's python3.12 answers only where 3.12 is among its chosen versions.
+# The newest stack that is tested has one too. pyenv's python3.12 answers only where 3.12 is among its chosen versions, and
+# where its shims are on the path; its folder is looked into otherwise.
 NEWEST := .venv-newest
-PYTHON312 ?= $(shell PYENV_VERSION=3.12 python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null)
+PYENV_ROOT ?= $(HOME)/.pyenv
+PYTHON312 ?= $(firstword $(shell PYENV_VERSION=3.12 python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) $(wildcard $(PYENV_ROOT)/versions/3.12*/bin/python3.12))
 # Python 3.11 takes no jax after 0.10.2; the other versions share the newest.
 PINS = $$($(1)/python -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-newest.txt")')
 INSTALL = $(1)/pip install -q --disable-pip-version-check -c "$(call PINS,$(1))" -e
