@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.bench import run_worker, write_row
+from experiments.shared.bench import chosen, run_worker, turns, write_row
 
 BATCH, IMAGE, PATCH, WIDTH, DEPTH, HEADS = 128, 32, 4, 192, 12, 3
 P_WIDTH, P_DEPTH, CONTEXT, TARGETS, TARGET = 96, 6, 12, 4, 12
@@ -152,18 +152,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         _worker(args.worker, args.steps, args.official)
         return 0
-    modes = args.modes.split(",")
-    if unknown := set(modes) - set(MODES):
-        parser.error(f"--modes={args.modes}: {unknown} unknown; known: {', '.join(MODES)}")
+    modes = chosen(parser, args.modes, MODES)
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     extra: dict[str, Any] = {}
-    for turn in range(args.rounds):
-        for mode in modes:
-            print(f"round {turn + 1}/{args.rounds}: {mode} ...", file=sys.stderr, flush=True)
-            result = _run(mode, args.steps, args.official)
-            seconds[mode] += result.pop("seconds")
-            if mode.startswith("ours"):
-                extra[mode] = result
+    for mode in turns(modes, args.rounds):
+        result = _run(mode, args.steps, args.official)
+        seconds[mode] += result.pop("seconds")
+        if mode.startswith("ours"):
+            extra[mode] = result
     _report(seconds, extra, args)
     return 0
 

@@ -1,15 +1,32 @@
 """What the benches share: a contender in a process of its own, so that none inherits another's threads, allocator or caches,
 and the row at the end."""
 
+import argparse
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def chosen(parser: argparse.ArgumentParser, modes: str, known: Iterable[str]) -> list[str]:
+    """The contenders of --modes, by comma; the parser's error where one is unknown."""
+    names = modes.split(",")
+    if unknown := set(names) - set(known):
+        parser.error(f"--modes={modes}: {unknown} unknown; known: {', '.join(known)}")
+    return names
+
+
+def turns(modes: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every contender in each round, with a line on stderr."""
+    for turn in range(rounds):
+        for mode in modes:
+            print(f"round {turn + 1}/{rounds}: {mode} ...", file=sys.stderr, flush=True)
+            yield mode
 
 
 def run_worker(module: str, mode: str, *arguments: str, threads: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.bench import run_worker, write_row
+from experiments.shared.bench import chosen, run_worker, turns, write_row
 
 CACHE, CHUNK, THREADS = 1024, 1024, 2
 SIZES: dict[str, Any] = dict(
@@ -145,19 +145,15 @@ def main(argv: list[str] | None = None) -> int:
         run = hugging_face if args.worker.startswith("hf") else ours
         print("RESULT " + json.dumps(run(args.worker, args.steps)))
         return 0
-    modes = args.modes.split(",")
-    if unknown := set(modes) - set(MODES):
-        parser.error(f"--modes={args.modes}: {unknown} unknown; known: {', '.join(MODES)}")
+    modes = chosen(parser, args.modes, MODES)
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     copies: dict[str, list[float]] = {mode: [] for mode in modes}
     facts: dict[str, dict[str, Any]] = {}
-    for turn in range(args.rounds):
-        for mode in modes:
-            print(f"round {turn + 1}/{args.rounds}: {mode} ...", file=sys.stderr, flush=True)
-            result = _run(mode, args.steps)
-            seconds[mode] += result.pop("seconds")
-            copies[mode] += result.pop("copy_seconds", [])
-            facts[mode] = result
+    for mode in turns(modes, args.rounds):
+        result = _run(mode, args.steps)
+        seconds[mode] += result.pop("seconds")
+        copies[mode] += result.pop("copy_seconds", [])
+        facts[mode] = result
     for mode, times in copies.items():
         if times:
             facts[mode]["bandwidth"] = facts[mode]["copied"] / statistics.median(times)
