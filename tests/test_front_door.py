@@ -69,6 +69,7 @@ def test_snippets_are_short_and_every_paper_has_one():
         assert sum(bool(re.search(rf"^(import|from) {package}\b", s, re.M)) for s in SNIPPETS) == 1
 
 
+@pytest.mark.slow
 def test_the_snippet_of_metaopt_makes_optimizers():
     space = run_snippet("metaopt")
     params = {"w": np.ones(3, np.float32)}
@@ -79,6 +80,7 @@ def test_the_snippet_of_metaopt_makes_optimizers():
         assert optax.tree.get_all_with_path(state, "learning_rate")
 
 
+@pytest.mark.slow
 def test_the_snippet_of_sinks_reads_and_writes(tiny_model, capsys):
     space = run_snippet("sinks")
     assert space["logits"].shape == (1, space["config"].vocab_size)

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 EACH_FIRST = """
 import importlib, pathlib, sys
@@ -21,6 +23,7 @@ assert sinks.stream.extend and sinks.load and sinks.Model and not hasattr(sinks,
 """
 
 
+@pytest.mark.slow
 def test_each_module_can_be_the_first_that_is_imported():
     command = [sys.executable, "-c", EACH_FIRST]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

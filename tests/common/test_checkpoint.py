@@ -94,6 +94,7 @@ def test_a_state_comes_back_bit_for_bit_in_its_own_classes(tmp_path):
     assert jax.random.uniform(restored.key) == jax.random.uniform(state.key)
 
 
+@pytest.mark.slow
 def test_every_kind_of_array_survives(tmp_path):
     odd = np.array([0x7FC00123, 0x80000000, 1, 0xFF800000], np.uint32).view(np.float32)
     state = {
@@ -340,6 +341,7 @@ def layouts(axis_type, saved):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_any_mesh_restores_any_checkpoint(tmp_path, axis_type):
     state = {"w": jnp.arange(128.0).reshape(8, 16), "v": jnp.arange(8).astype(jnp.bfloat16)}

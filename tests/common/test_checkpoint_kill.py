@@ -160,6 +160,7 @@ def test_damage_is_seen_and_the_checkpoint_before_is_taken(tmp_path, caplog, dam
     assert re.match(r"checkpoint 2 is damaged \(.+\); falling back to step 1 in ", warning)
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_harmless_or_seen(tmp_path):
     """Walks a flip through every file: the state is exact, or its damage is reported. Never wrong."""
     save_steps(tmp_path, 2)
@@ -197,6 +198,7 @@ def test_a_damaged_step_asked_for_is_an_error(tmp_path):
         restore(tmp_path, step=2)
 
 
+@pytest.mark.slow
 def test_when_all_are_damaged_the_error_tells_of_each(tmp_path):
     save_steps(tmp_path, 1, 2)
     (tmp_path / "1" / "meta" / "data.json").unlink()
@@ -205,6 +207,7 @@ def test_when_all_are_damaged_the_error_tells_of_each(tmp_path):
         restore(tmp_path)
 
 
+@pytest.mark.slow
 def test_after_a_fallback_the_run_writes_the_damaged_step_again(tmp_path, caplog):
     save_steps(tmp_path, 1, 2)
     truncate(array_data(tmp_path / "2"))
@@ -219,6 +222,7 @@ def test_after_a_fallback_the_run_writes_the_damaged_step_again(tmp_path, caplog
     assert "set aside" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_does_not_push_out_good_ones(tmp_path):
     """With keep=1, the damaged step 5 would otherwise outlive every step saved before it."""
     save_steps(tmp_path, 1, 5, keep=2)

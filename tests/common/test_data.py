@@ -77,6 +77,7 @@ def test_a_process_reads_the_rows_that_it_holds_of_the_batch_of_one(held):
     assert_equal(take(14, source, replace(spec, held=held)), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(workers):
     source, spec = small_source(), LoaderSpec(batch=8, seed=3, held=((0, 1), (5, 8)))
@@ -90,6 +91,7 @@ def test_prefetch_changes_nothing(prefetch):
     assert_equal(take(9, source, replace(spec, prefetch=prefetch)), take(9, source, spec))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(start=st.integers(0, 40), n=st.integers(1, 30), batch=st.integers(1, 9))
 def test_starting_at_a_step_equals_skipping_to_it(start, n, batch):
@@ -118,6 +120,7 @@ def test_resuming_reads_no_skipped_record():
     assert source.reads == batch["i"].tolist() and len(source.reads) == 4
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 70), batch=st.integers(1, 20), seed=st.integers(0, 2**32 - 1))
 def test_every_epoch_holds_every_record_once(n, batch, seed):
@@ -137,6 +140,7 @@ def test_epochs_and_seeds_have_unrelated_orders():
         assert (a == b).sum() < 15  # one in expectation
 
 
+@pytest.mark.slow
 def test_augmentation_is_fresh_for_every_row_and_seed():
     spec = LoaderSpec(batch=10, seed=0)
     draws = [b["draw"] for b in take(30, small_source(10), spec)]
@@ -144,6 +148,7 @@ def test_augmentation_is_fresh_for_every_row_and_seed():
     assert len(np.unique(np.concatenate(draws))) == 600
 
 
+@pytest.mark.slow
 def test_augmentation_draws_are_uniform_across_rows():
     draws = np.concatenate([b["draw"] for b in take(400, small_source(), LoaderSpec(10, seed=5))])
     counts, _ = np.histogram(draws, 20, (0, 1))
@@ -225,6 +230,7 @@ MODULE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_workers_survive_a_program_started_with_dash_m(tmp_path):
     (tmp_path / "program.py").write_text(textwrap.dedent(MODULE))

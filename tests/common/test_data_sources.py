@@ -216,6 +216,7 @@ WITHOUT_TENSORFLOW = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [["digits"], pytest.param(["cifar10", "mnist"], marks=real_data)], ids=str
 )

@@ -93,6 +93,7 @@ def assert_same(xs, ys):
             np.testing.assert_array_equal(x[key], y[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.multiproc)])
 def test_a_bad_image_ends_the_stream_with_one_line(folder, workers):
     with pytest.raises(ImageError) as error:
@@ -123,6 +124,7 @@ def test_skipping_is_a_function_of_the_files(folder):
     assert_same(joined, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_workers_skip_the_same_and_report_it(folder, caplog):
     source = open_source(f"folder:{folder}", skip_bad=True)

@@ -153,6 +153,7 @@ def test_two_signals_at_once_are_one():
         assert guard.reached(0)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_process_that_does_not_stop():
     program = (
         "import time; from common.distributed import PreemptionGuard\n"

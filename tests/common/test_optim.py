@@ -86,6 +86,7 @@ def test_schedules_stretch_beyond_the_run():
     assert float(decay(124)) == np.float32(0.4) > float(decay(99))
 
 
+@pytest.mark.slow
 def test_clipping_bounds_the_whole_gradient_and_is_off_by_default():
     """Adam hides one common factor, so the second of two gradients is made the large one."""
     gradients = [tree(1), jax.tree.map(lambda g: 100 * g, tree(2))]

@@ -67,6 +67,7 @@ def autodiff(plain, ours, *args):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_written_gradients_are_the_derived_ones():
     """Against what jax derives from the plain formula."""
     rng = np.random.default_rng(0)
@@ -88,6 +89,7 @@ def test_a_token_of_one_value_is_normalised_to_the_bias():
     np.testing.assert_allclose(y, 1, atol=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, 3, 5])
 @pytest.mark.parametrize("masked", [None, "keys", "causal"])
 def test_attention_is_the_plain_formula(queries, masked):
@@ -110,6 +112,7 @@ def test_attention_is_the_plain_formula(queries, masked):
     autodiff(plain, lambda q, k, v: attention("float32", q, k, v, valid), q, k, v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [2 * WIDTH * 4 * WIDTH, 2 * WIDTH * 2 * WIDTH, 2 * WIDTH * WIDTH])
 def test_a_block_in_parts_is_the_block(monkeypatch, block):
     """Also in parts, values and gradients are those of whole products, and no product takes more columns than asked."""
@@ -130,6 +133,7 @@ def test_a_block_in_parts_is_the_block(monkeypatch, block):
     assert widest == block // (2 * WIDTH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [2, np.array([[4, 0, 4], [1, 2, 3]])])
 def test_a_block_computes_only_the_wanted_tokens(wanted):
     """Some from the end, or by index, also twice: their values, and gradients that reach all that they attend to."""
@@ -161,6 +165,7 @@ def gradient(depth: int):
     return jax.jit(jax.grad(loss), compiler_options=compiler_options()), (stacked, x_BND)
 
 
+@pytest.mark.slow
 def test_the_residual_streams_gradient_is_summed_once():
     def operands(depth: int) -> int:
         """The most that a fusion takes which makes something of the stream's shape."""

@@ -305,6 +305,7 @@ def test_workers_start_without_tfds_or_jax():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_a_script_without_a_main_guard_fails_with_the_remedy(tmp_path):
     script = tmp_path / "script.py"

@@ -23,6 +23,7 @@ def assert_near(a, b):
         np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_rows_and_state_are_those_of_single_steps_also_after_a_stop(tmp_path):
     single, several = tmp_path / "single", tmp_path / "several"
     want = run(single, 16, **EVERY)
@@ -38,6 +39,7 @@ def test_rows_and_state_are_those_of_single_steps_also_after_a_stop(tmp_path):
         assert a == pytest.approx(b, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_nan_inside_a_program_stops_the_run_at_its_own_step(tmp_path):
     poisoned = lambda start: batches(start, nan_at=(6,))  # noqa: E731
     with pytest.raises(NonFiniteLoss, match=r"step 6 is not finite, first seen in the batch: x"):
@@ -49,6 +51,7 @@ def test_nan_inside_a_program_stops_the_run_at_its_own_step(tmp_path):
         run(tmp_path, 16, steps_per_dispatch=4, **EVERY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 def test_a_batch_is_prepared_inside_from_arrays_that_are_not_split(mode):
     mesh = make_mesh(MeshSpec(replica=2, fsdp=2, mode=mode), jax.devices()[:4])

@@ -42,6 +42,7 @@ def test_the_seconds_of_every_part_are_summed_and_a_longer_run_is_none_of_fewer_
     assert rows(tmp_path)[-1]["step"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", EVERY.values(), ids=EVERY)
 def test_a_run_that_was_stopped_twice_equals_one_that_was_not(tmp_path, every):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

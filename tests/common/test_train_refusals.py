@@ -60,6 +60,7 @@ def test_nan_keeps_the_state_before_it_however_late_it_is_noticed(tmp_path, unin
     assert all(row["step"] <= 5 for row in found), "rows of the frozen state"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_nan_stops_there_again_and_goes_on_once_mended(tmp_path, uninterrupted):
     poisoned = lambda start: batches(start, nan_at=(5,))  # noqa: E731
     for _ in range(2):

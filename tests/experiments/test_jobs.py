@@ -54,6 +54,7 @@ def test_what_decides_a_run_is_known_by_name(tmp_path, monkeypatch):
     assert source_digests(tmp_path) != before
 
 
+@pytest.mark.slow
 def test_baselines_leave_a_row_each_and_are_not_done_again(tmp_path, monkeypatch):
     probed, real = [], jepa_baselines.linear_probes
 
@@ -83,6 +84,7 @@ def test_baselines_leave_a_row_each_and_are_not_done_again(tmp_path, monkeypatch
     assert pixels["linear_label/last"] == pixels["linear_label/last4"] > 0.3  # digits, 10 classes
 
 
+@pytest.mark.slow
 def test_a_run_loads_its_own_paper_only():
     code = (
         "import sys; from experiments.jobs import find; find('jepa_pretrain'); "

@@ -185,6 +185,7 @@ def test_a_missing_folder_is_named(refusal, tmp_path):
     assert f"{tmp_path}/no" in refusal(SMOKE, f"--config.data.name=folder:{tmp_path}/no")
 
 
+@pytest.mark.slow
 def test_another_rate_does_not_continue_a_run_without_a_word(refusal, start, begun):
     before = begun()
     faster = "--config.optim.lr=0.05"
@@ -199,6 +200,7 @@ def test_another_rate_does_not_continue_a_run_without_a_word(refusal, start, beg
         start(*RESUMED, *free)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_trained_to_its_end_takes_settings_of_evaluations_alone(
     start, refusal, tmp_path
 ):
@@ -221,6 +223,7 @@ def test_a_run_that_is_trained_to_its_end_takes_settings_of_evaluations_alone(
     assert start(*RESUMED, *probe, train=train)[0] == 75 and ran == [False, True]
 
 
+@pytest.mark.slow
 def test_other_test_images_are_refused_by_name(refusal, begun, monkeypatch):
     before = begun()
     monkeypatch.setattr(
@@ -302,6 +305,7 @@ def begun(start, tmp_path):
     return lambda: (tmp_path / "run" / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "differences"),
     [
@@ -322,6 +326,7 @@ def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
     assert begun() == before, "the record of the run is left alone"
 
 
+@pytest.mark.slow
 def test_another_model_cannot_continue_a_run(refusal, begun):
     before = begun()
     hidden = "--config.model.hidden=128"  # 3 arrays, each with a target and two moments

@@ -4,6 +4,7 @@ import json
 
 import matplotlib.image
 import numpy as np
+import pytest
 
 from common.data import array_source
 from experiments.jepa.configs.scenes import get_config
@@ -17,6 +18,7 @@ ACCURACY = {
 }
 
 
+@pytest.mark.slow
 def test_draws_with_and_without_curves(tmp_path):
     settings = resolve(get_config("").to_dict())
     images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)

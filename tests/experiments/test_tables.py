@@ -13,6 +13,7 @@ def test_the_committed_tables_are_those_of_the_committed_rows():
     assert main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_a_new_row_puts_the_tables_out_of_date(tmp_path, capsys):
     results, out = tmp_path / "results", tmp_path / "tables.md"
     shutil.copytree(HERE / "results", results)

@@ -100,6 +100,7 @@ def test_language_models_go_on_where_they_stood(again, artefacts, monkeypatch):
     told(row, 0)
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on_after_its_last_epoch(again, artefacts):
     before = (artefacts / "sgd" / "sgd" / "metrics.jsonl").read_text()
     assert before.count("\n") == 1
@@ -111,6 +112,7 @@ def test_a_grid_goes_on_after_its_last_epoch(again, artefacts):
     told(rows[0], 0)
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_in_the_middle_of_its_text(again, artefacts):
     folder = artefacts / "perplexity"
     window = unchanged(folder / "window_0+16")

@@ -43,6 +43,7 @@ def test_masks_are_distributed_as_the_hosts(spec):
     assert np.abs(apart).max() < 1.95 * (2 / a.size) ** 0.5
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_seed_and_position_alone():
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     make = jax.jit(DeviceBatch(CROP, SPECS["most draws fail"], seed=3))

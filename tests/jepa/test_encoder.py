@@ -71,6 +71,7 @@ def test_bfloat16_stays_within_its_rounding():
     assert 1e-4 < error < 2 * 2**-9 * np.sqrt(1 + 6 * CONFIG.depth)  # below: not bfloat16 at all
 
 
+@pytest.mark.slow
 def test_every_loop_layout_is_the_same_function():
     config = replace(CONFIG, depth=2)
     params = PARAMS | {"blocks": jax.tree.map(lambda p: p[:2], PARAMS["blocks"])}
@@ -110,6 +111,7 @@ def test_an_image_of_another_size_is_refused():
         ENCODER(PARAMS, IMAGES.swapaxes(1, 2))
 
 
+@pytest.mark.slow
 def test_init_statistics():
     """Every kernel N(0, .02^2), biases 0, scales 1, no two layers alike (docs/papers/ijepa.md 1.5)."""
     config = vit("tiny", image=32, patch=4, depth=2, predictor_depth=2)
@@ -180,6 +182,7 @@ def test_huge_counts_exactly_with_its_table_of_positions():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) + table == 630_762_240
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, held, at_once", [(6, 2, 2), (6, 4, 3), (6, 6, 6), (6, 0, 6), (5, 4, 1), (5, 5, 5)]
 )

@@ -17,6 +17,7 @@ slow = pytest.mark.slow
 # Features that stay on the host
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("standardize", "rotate"),
     [(True, True), *[pytest.param(*pair, marks=slow) for pair in ((True, False), (False, True))]],

@@ -91,6 +91,7 @@ def test_same_numbers_on_every_mesh(single, name, mode):
     assert mu.sharding == kernel.sharding  # moments lie with their parameters
 
 
+@pytest.mark.slow
 def test_explicit_axes_refuse_what_auto_axes_move_silently():
     class Crossed(IJepa):  # adds a parameter to one that is split another way
         def update_extra(self, extra, params, step):

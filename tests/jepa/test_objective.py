@@ -54,6 +54,7 @@ loss = jax.jit(loss_of())
 loss_and_gradient = jax.jit(jax.value_and_grad(loss_of(), argnums=(0, 1), has_aux=True))
 
 
+@pytest.mark.slow
 def test_padding_is_no_part_of_the_targets_spread():
     """Padded slots repeat token 0, or any other: the monitor must not change with it."""
     spreads = [
@@ -95,6 +96,7 @@ def test_squared_error_and_masks_of_one_length():
     assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_padding_holds_changes_neither_loss_nor_gradient():
     other = padded_batch(CONTEXTS, TARGETS, fill=CONFIG.tokens - 1)
     got = loss_and_gradient(PARAMS, TARGET, BATCH)
@@ -111,6 +113,7 @@ def test_targets_get_no_gradient():
     assert value != loss(PARAMS, PARAMS["encoder"], BATCH)[0]  # though the loss depends on them
 
 
+@pytest.mark.slow
 def test_gradient_matches_finite_differences_of_the_reference():
     """Every leaf along one random direction: central differences in float64 against our float32 gradient."""
     _, (gradient, _) = loss_and_gradient(PARAMS, TARGET, BATCH)
@@ -196,6 +199,7 @@ def test_the_same_in_groups(monkeypatch, spec):
     )
 
 
+@pytest.mark.slow
 def test_stop_draws_its_noise_from_the_key():
     noisy = jax.jit(loss_of(ObjectiveSpec(position_noise=0.25)))
     keys = jax.random.key(0), jax.random.key(1)

@@ -21,6 +21,7 @@ def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("mode", ["closed", "tangent", "replay"])
 def test_steps_without_finite_gradients_change_nothing(mode, bad):
@@ -93,6 +94,7 @@ def test_learned_values_never_leave_their_bounds(seed, form):
             assert BOUNDS[0] * (1 - 1e-4) <= float(value) <= BOUNDS[1] * (1 + 1e-4)
 
 
+@pytest.mark.slow
 def test_largest_change_and_normalisation():
     """Signals that agree move the log rate by exactly the upper rate, or by max_change if that is less."""
 
@@ -151,6 +153,7 @@ def test_rollback_saves_a_rate_that_explodes():
     assert not run(bare, 40)[2][-1] < losses[0]  # without it, the run is lost
 
 
+@pytest.mark.slow
 def test_rollback_returns_to_the_snapshot_itself():
     params, batches, loss = model()
     tx = hyper(
@@ -177,6 +180,7 @@ def test_a_falling_loss_is_no_spike():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["closed", "tangent", "replay"])
 def test_a_shortened_update_has_the_signal_of_its_shorter_rate(mode):
     """The rate that max_move leaves is the one a run would have had from the start."""

@@ -31,6 +31,7 @@ def test_learning_at_rate_zero_is_plain_optax(case, guards):
         np.testing.assert_allclose(losses, want, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height", [1, 2, 3, 12])
 def test_towers_of_any_height(height):
     """Each level learns the rate of the level below; a level above costs numbers, not copies of the model."""
@@ -50,6 +51,7 @@ def test_towers_of_any_height(height):
     assert len(upper) <= 3, "an array for each dtype, however high"
 
 
+@pytest.mark.slow
 def test_a_tower_equals_its_levels_written_out():
     """SGD / SGD / SGD with raw rates, against the paper's recursion (docs/papers/gdtuo.md 1.2) in ten lines."""
     with float64():
@@ -88,6 +90,7 @@ def test_it_learns_a_whole_chain():
     assert values["rate"] > 1.1e-3 and values["norm"] != pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_a_factor_in_front_of_a_schedule():
     schedule = optax.linear_schedule(0.2, 0.0, 10)
     tx = hyper(optax.sgd, learning_rate=learn(1.0, schedule=schedule), by=optax.sgd(0.0))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ DTYPES = st.sampled_from(["float32", "bfloat16", "int32", "bool"])
 SHAPES = st.lists(st.integers(0, 3), max_size=2).map(tuple)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(DTYPES, SHAPES), max_size=6))
 def test_any_tree_comes_back(kinds):

@@ -54,6 +54,7 @@ def trajectory(case: str, mode: str, shift: dict, seed: int):
 shifts = st.floats(-1.0, 1.0, allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
@@ -120,6 +121,7 @@ def test_one_model_backward_in_the_step(mode):
     assert products(tower) == products(optax.adam(1e-2))
 
 
+@pytest.mark.slow
 def test_a_weight_that_never_had_a_gradient_does_not_poison_b2():
     def b2_signals(safe, mode):
         guards = Guards(safe_sqrt=safe, skip_nonfinite=False)
@@ -138,6 +140,7 @@ def test_a_weight_that_never_had_a_gradient_does_not_poison_b2():
         assert math.isnan(b2_signals(False, mode))  # what the guard is for
 
 
+@pytest.mark.slow
 def test_trace_of_one_is_the_slope_along_the_whole_path():
     """Learning the rate alone with gamma=1, the signal is <g, w - w0> (Mechanic's), by hand."""
     with float64():
@@ -178,6 +181,7 @@ def test_trace_weights_the_past_as_it_says(trace):
             params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 def test_a_held_out_gradient_can_be_the_judge():
     params, batches, loss = model()
     tx = plain(optax.sgd, learning_rate=learn(0.1))
@@ -227,6 +231,7 @@ def test_auto_takes_what_costs_least_and_says_so():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["closed", "tangent", "replay"])
 def test_scopes_split_the_signal(mode):
     """One value a leaf: signals add up to the global one; labels add up those of their leaves."""

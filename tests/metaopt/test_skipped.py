@@ -153,6 +153,7 @@ def test_a_step_of_the_top_that_is_no_number_is_not_taken():
     assert "steps of the level above" in metaopt.describe(state)
 
 
+@pytest.mark.slow
 def test_guards_that_are_not_given_stay_as_auto_has_them():
     """auto(guards=Guards(rollback=Rollback())) adds rollback and takes nothing away."""
     huge = {"w": 1e6 * PARAMS["w"], "dead": jnp.zeros(2)}

@@ -92,6 +92,7 @@ def test_bytes_of_another_tower_are_refused():
         low.update(PARAMS, wrong._replace(by=wrong.by._replace(vectors=by)), PARAMS)
 
 
+@pytest.mark.slow
 def test_optax_reads_and_sets_the_rate():
     """`optax.tree.get` finds one value; what `optax.tree.set` puts there is what the next update uses."""
     tx = tower("closed")
@@ -138,6 +139,7 @@ MAKE["small"] = lambda: hyper(optax.sgd, learning_rate=learn(0.1), by=optax.sgd(
 SLOW = [pytest.param(make, marks=pytest.mark.slow) for make in ("auto", "replay")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["small", *SLOW])
 def test_types_hold_on_an_explicit_mesh_without_jit(make):
     """optax's own test: an eager update, whose state has the shardings of the first."""

@@ -114,6 +114,7 @@ def test_clipping_inside_equals_clipping_before():
     assert abs(float(raw)) > 1.5 * abs(float(clipped))
 
 
+@pytest.mark.slow
 def test_multisteps_equals_a_large_batch():
     k = 4
     params, batches, loss = model()
@@ -161,6 +162,7 @@ def big(seed=0):
     return params, xs, loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: tower("closed"), lambda: tower("replay"),
     lambda: metaopt.auto(optax.adamw, guards=Guards(max_move=0.1, rollback=Rollback())),
@@ -200,6 +202,7 @@ def test_fsdp_on_eight_devices_gives_the_same_numbers(make, mesh):
     close(metaopt.learned(s), jax.device_get(metaopt.learned(t)), 1e-3)
 
 
+@pytest.mark.slow
 def test_axis_name_sums_the_parts_of_split_parameters(mesh):
     """In shard_map each device holds a slice of the parameters; one psum gives every device the whole signal."""
     params, xs, loss = big()
@@ -227,6 +230,7 @@ def test_axis_name_sums_the_parts_of_split_parameters(mesh):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     tower, lambda: metaopt.auto(optax.sgd, guards=Guards(max_move=0.1, rollback=Rollback())),
 ], ids=["tower", "auto"])  # fmt: skip

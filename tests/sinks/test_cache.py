@@ -33,6 +33,7 @@ def test_sinks_and_ring_take_what_the_paper_counts():
     assert CacheSpec(4, 1020, int8=True).nbytes(SMOLLM2) < 0.27 * full
 
 
+@pytest.mark.slow
 def test_int8_does_not_depend_on_the_cuts_and_costs_little():
     c = small.config(head_dim=16, width=16)
     p = small.params(c)
@@ -48,6 +49,7 @@ def test_int8_does_not_depend_on_the_cuts_and_costs_little():
     assert in_8_bits.sinks["sink_k"].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_sharded_cache_gives_what_one_device_gives():
     """Heads over `tensor`, rows over `replica` and `fsdp`."""
     c = small.config(vocab_size=16)
@@ -73,6 +75,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused():
         cache.cache_shardings(shapes, make_mesh(MeshSpec(tensor=2)))
 
 
+@pytest.mark.slow
 def test_gradients_reach_learned_sink_logits():
     with jax.enable_x64(True):
         c = small.config(sink_logits="learned")
@@ -95,6 +98,7 @@ def test_gradients_reach_learned_sink_logits():
         assert (np.abs(gradient) > 0.01).sum() >= 3
 
 
+@pytest.mark.slow
 def test_texts_from_the_start_need_no_cache():
     """The training pass is the stream, for a text longer than the cache too."""
     c, spec = small.config(), CacheSpec(3, 5)

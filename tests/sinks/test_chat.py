@@ -27,6 +27,7 @@ def conversation(model, **spec):
     return chat.Conversation(model, CacheSpec(2, 30, **spec), Sampling(1.0), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_conversation_outlives_its_cache(model):
     talk = conversation(model)
     held = jax.tree.map(lambda x: x.shape, talk.cache)
@@ -37,6 +38,7 @@ def test_a_conversation_outlives_its_cache(model):
     assert jax.tree.map(lambda x: x.shape, talk.cache) == held
 
 
+@pytest.mark.slow
 def test_turns_are_forgotten_whole(model):
     """With room reserved, what is remembered begins where a turn began; without, it is cut anywhere."""
     talk = chat.Conversation(model, CacheSpec(2, 60), Sampling(1.0), jax.random.key(0), reserve=6)
@@ -74,6 +76,7 @@ def test_a_message_that_the_template_refuses_offers_a_new_stream(model, capsys):
     assert second.endswith("; /new begins a new stream")
 
 
+@pytest.mark.slow
 def test_the_program_from_start_to_quit(model, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sinks, "load", lambda name, dtype: model)
     lines = [

@@ -107,6 +107,7 @@ def test_a_stop_after_the_message_leaves_an_empty_answer(model, fed):
     assert "[user]Hi<|im_end|>[assistant]<|im_end|>[user]Again" in text
 
 
+@pytest.mark.slow
 def test_a_saved_stream_goes_on_as_if_never_left(model, tmp_path):
     """With its own sampling and key, whatever the session that loads it was started with."""
     talk, other = conversation(model), conversation(model, seed=1, sampling=Sampling())
@@ -140,6 +141,7 @@ def test_a_stream_is_continued_in_another_layout(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back.cache, talk.cache)
 
 
+@pytest.mark.slow
 def test_a_stream_of_another_cache_or_model_names_the_command_that_opens_it(model, tmp_path):
     talk = conversation(model)
     talk.save(str(tmp_path / "talk"))

@@ -31,6 +31,7 @@ def interpreted(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, spec",
     [
@@ -57,6 +58,7 @@ def test_the_kernel_gives_what_xla_gives(model, spec, request):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
 def test_on_a_mesh_each_device_does_its_own_rows_and_heads(int8, request):
     c, spec = small.config(vocab_size=16), CacheSpec(2, 5, int8=int8)
@@ -75,6 +77,7 @@ def test_on_a_mesh_each_device_does_its_own_rows_and_heads(int8, request):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_several_blocks_of_rows_and_keys(interpreted, monkeypatch):
     """A chunk of 70 tokens over 300: blocks that nobody sees are skipped, and none that somebody does."""
     monkeypatch.setattr(attention.kernel, "ROWS", 16)

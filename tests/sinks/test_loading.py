@@ -88,6 +88,7 @@ def save_gguf(path, there, vocabulary=None):
     return path
 
 
+@pytest.mark.slow
 def test_a_folder_and_the_gguf_made_from_it_are_one_model(tmp_path):
     there = tensors(LLAMA)
     save_tokenizer(save(tmp_path / "a", LLAMA, there))
@@ -238,6 +239,7 @@ def short(monkeypatch):
     monkeypatch.setattr(loading, "PARAGRAPH", text)
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_passes(reader, short):
     assert loading.check_reading(CONFIG, reader, TOKENIZER) < 5
 

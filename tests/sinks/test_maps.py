@@ -19,6 +19,7 @@ CASES = {
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 17, (3, 20)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_weights_are_what_the_model_computes_with(case):
     """Mixed by them, values give the stream's own output; and each query's visible set is the spec's."""

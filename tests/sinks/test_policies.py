@@ -23,6 +23,7 @@ def from_logits(logits, tokens=TOKENS):
     return -logp[np.arange(len(tokens) - 1), tokens[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, sinks, recent", [("dense", 0, 40), ("window", 0, 8), ("sinks", 3, 5)]
 )
@@ -57,6 +58,7 @@ def test_a_sample_of_recompute_is_drawn_from_the_exact_one():
     np.testing.assert_allclose(got, exact[np.concatenate(sampled)], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evict_for_space_is_the_official_chats():
     """Turns of 6, 9, 2 and 8 tokens in a cache of 3 + 10, as in the reference written from the official code."""
     sinks, recent, turns = 3, 10, (6, 9, 2, 8)
@@ -73,6 +75,7 @@ def test_evict_for_space_is_the_official_chats():
     np.testing.assert_allclose(np.concatenate(got), want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_evict_for_space_is_the_same_however_the_text_is_cut():
     """Every 4 tokens are a turn, as in the reference; chunks are a matter of speed, and a stream may be continued."""
     sinks, recent, block = 3, 10, 4

@@ -29,6 +29,7 @@ def recipe(name, **changes):
     return variant(name, MODEL, tx=tx, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vanilla", "zero", "tokens2"])
 def test_a_sample_is_scored_after_its_sink_tokens(name):
     """The loss is that of the stream which begins with the sink tokens, over tokens 2 to T."""
@@ -51,6 +52,7 @@ def test_a_sample_is_scored_after_its_sink_tokens(name):
     assert float(loss) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, where", [("token", "embed"), ("logit", "sink_logit")])
 def test_the_sink_is_trained(name, where):
     r = recipe(name)
@@ -70,6 +72,7 @@ def test_kernels_decay_and_vectors_do_not():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bfloat16_products_leave_parameters_and_loss_in_float32():
     r = recipe("vanilla", compute="bfloat16")
     params = r.init(jax.random.key(0))

@@ -20,6 +20,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 2 * FEW), st.integers(0, 99), st.floats(-3, 6))
 def test_int8_loses_only_the_weights_rounding(tokens, seed, exponent):
@@ -40,12 +41,14 @@ def test_int8_loses_only_the_weights_rounding(tokens, seed, exponent):
     assert np.all(np.abs(got_NF - want_NF) <= bound_N[:, None])
 
 
+@pytest.mark.slow
 def test_a_zero_token_and_a_zero_weight_row_give_zeros():
     rows = Rows(jnp.zeros((3, 4)).at[1].set(2.0)).quantize()
     y_NF = dense(jnp.zeros((2, 4)).at[1].set(1.0), rows)
     np.testing.assert_allclose(y_NF, [[0, 0, 0], [0, 8, 0]], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, dtype", [*((m, jnp.float32) for m in FAMILIES), (FAMILIES[0], jnp.bfloat16)]
 )
@@ -65,6 +68,7 @@ def test_joined_products_give_the_same_logits(model, dtype):
         np.testing.assert_allclose(logits, all_logits[0], atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", FAMILIES[::2])
 def test_a_model_in_int8_is_the_model_with_rounded_weights(model):
     c = small.config(**model)
@@ -80,6 +84,7 @@ def test_a_model_in_int8_is_the_model_with_rounded_weights(model):
     np.testing.assert_allclose(got, want, atol=0.05)
 
 
+@pytest.mark.slow
 def test_int8_holds_a_quarter_of_the_blocks_bytes():
     c = small.config(width=64, mlp_dim=256, head_dim=16)
     p = small.params(c)
@@ -95,6 +100,7 @@ def test_prepare_refuses_what_it_cannot_lay_out():
         stream.prepare(stream.prepare(p, stacked=False), int8=True)
 
 
+@pytest.mark.slow
 def test_prepared_parameters_can_be_stacked_again():
     c = small.config()
     p = small.params(c)

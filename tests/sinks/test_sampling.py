@@ -50,6 +50,7 @@ def test_impossible_settings_are_refused(wrong):
         Sampling(**wrong)
 
 
+@pytest.mark.slow
 def test_generation_is_the_stream_and_can_be_interrupted():
     c, spec = small.config(), CacheSpec(2, 5)
     p = small.params(c)

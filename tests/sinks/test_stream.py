@@ -31,6 +31,7 @@ def ragged_cuts(draw):
     return lengths, cuts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, sinks, recent, stacked",
     [
@@ -67,6 +68,7 @@ def test_chunks_of_any_length_equal_the_papers_stream(model, sinks, recent, stac
         check()
 
 
+@pytest.mark.slow
 def test_recent_tokens_are_counted_as_the_paper_counts_them():
     """Past the fill, a query sees S sinks, R past tokens and itself: S + R + 1, not S + R."""
     with jax.enable_x64(True):
@@ -85,6 +87,7 @@ def test_recent_tokens_are_counted_as_the_paper_counts_them():
     assert seen == [0, 1, 7, 8, 9, 10, 11]
 
 
+@pytest.mark.slow
 def test_positions_stay_exact_beyond_two_to_the_24():
     """Far along, a stream gives what the same cache gave early on: only relative positions matter, and none is lost."""
     c = small.config(rope_theta=10_000.0, depth=1)
@@ -107,6 +110,7 @@ def test_positions_stay_exact_beyond_two_to_the_24():
     np.testing.assert_allclose(far, near, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_in_any_number_of_chunks_goes_through_extend():
     c = small.config()
     p, spec = small.params(c), CacheSpec(3, 5)
@@ -129,6 +133,7 @@ def test_one_program_serves_every_length():
     assert stream.chunk_step._cache_size() == before + 2  # one per chunk length
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_along_the_stream():
     """100,000 tokens in chunks, and a few hundred drawn one by one, leave as many bytes as the first ones did."""
     c = small.config(depth=1)

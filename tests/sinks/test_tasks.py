@@ -51,6 +51,7 @@ def test_places_of_answers_survive_tokenization(bos):
         assert TOKENIZER.decode(ids[here.start : here.stop]) == task.text[there.start : there.stop]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [4, 64])
 def test_hits_are_those_of_token_by_token_decoding(chunk):
     """Rows of different lengths, longer than the cache; texts that a greedy model half follows."""

@@ -124,6 +124,7 @@ def test_a_job_that_a_signal_stops_says_so(tmp_path, monkeypatch, caplog, quick_
     assert "start the same command again to continue" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_stopped_grid_continues_to_the_same_numbers(task, tmp_path):
     method = METHODS["auto(sgd)"]
     whole = run_grid(task, method, SPEC, tmp_path / "whole")
@@ -144,6 +145,7 @@ def test_a_cell_is_the_run_it_would_be_alone(task, tmp_path):
         assert grid[3].train_loss == pytest.approx(alone[0].train_loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_divergence_is_seen(task, tmp_path):
     broken = Method("broken", lambda rate: jax_nan(), in_state=False)
     (cell,) = run_grid(task, broken, GridSpec(1, 64, (1.0,)), tmp_path / "parameters")

@@ -39,6 +39,7 @@ def test_sizes_are_the_papers():
     assert size(rnn.abstract) == (V + H + 1) * 4 * H + (H + H + 1) * 4 * H + (H + 1) * V == 264_296
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TINY)
 def test_the_loss_falls(kind):
     task = open_task(TINY[kind])
@@ -62,6 +63,7 @@ def test_the_loss_falls(kind):
     assert all(np.isfinite(v) for v in jax.jit(task.score)(params).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "kernel", "strides", "padding"),
     [
@@ -87,6 +89,7 @@ def test_convolution_by_products_is_xlas(size, kernel, strides, padding):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_resnet_halves_twice_and_starts_as_its_head():
     """Shapes by stage; and a block whose second scale is zero is relu of its shortcut (option A)."""
     net = define(lambda rngs: ResNet(8, 4, 3, 10, rngs))
@@ -112,6 +115,7 @@ def test_resnet_halves_twice_and_starts_as_its_head():
     np.testing.assert_allclose(net(params, x)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_norm_with_its_own_moments_given_changes_nothing():
     net = define(lambda rngs: ResNet(8, 4, 3, 10, rngs))
     params = net.init(jax.random.key(0))
@@ -160,6 +164,7 @@ def test_lstm_is_the_textbooks():
         np.testing.assert_allclose(outputs[:, t], h, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["charrnn", "gpt"])
 def test_a_prediction_sees_only_the_past(kind):
     if kind == "gpt":

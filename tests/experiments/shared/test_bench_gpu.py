@@ -71,6 +71,7 @@ def sleeping(name, estimate, wrong=None):
     return Cell(name, estimate, {"ours": make})
 
 
+@pytest.mark.slow
 def test_what_fails_or_has_no_time_left_is_said_and_tried_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_gpu, "ceilings", lambda smoke: sleeping("ceilings", 1))
     broken = sleeping("broken", 1, ValueError("no such kernel"))
@@ -109,6 +110,7 @@ def test_a_gpu_is_asked_for_where_there_is_none(tmp_path, capsys):
     assert "there is no GPU here: give --smoke" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_nothing_that_a_gpu_machine_may_lack_is_imported():
     code = "import sys, " + ", ".join(f"experiments.{p}.bench_gpu" for p in PAPERS)
     code += (

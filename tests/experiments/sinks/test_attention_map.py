@@ -18,6 +18,7 @@ def settings(folder, **changes):
     return config.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*perplexity")  # the model is untrained
 def test_the_job_draws_every_head(tmp_path):
     values = settings(tmp_path, sinks=2, recent=6)

@@ -29,6 +29,7 @@ def metrics(folder):
     return [(row["step"], row["perplexity"], row["chunk_perplexity"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_a_row_per_setting_and_a_picture(tmp_path):
     values = settings(tmp_path, policies=("dense", "window", "recompute", "sinks"), sample=4)
     run = tmp_path / "run"
@@ -42,6 +43,7 @@ def test_a_sweep_ends_in_a_row_per_setting_and_a_picture(tmp_path):
     np.testing.assert_allclose(result["nats"], np.log(result["perplexity"]))
 
 
+@pytest.mark.slow
 def test_a_stream_stopped_in_the_middle_goes_on_there(tmp_path, monkeypatch):
     values = settings(tmp_path, policies=("sinks",))
     assert sinks_perplexity.run(Run(values, tmp_path / "whole")) == 0
@@ -54,6 +56,7 @@ def test_a_stream_stopped_in_the_middle_goes_on_there(tmp_path, monkeypatch):
     assert metrics(tmp_path / "parts" / "sinks_2+14") == metrics(tmp_path / "whole" / "sinks_2+14")
 
 
+@pytest.mark.slow
 def test_a_killed_stream_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
     """Killed two chunks after a save: those are computed again, and the rows are those of a run left alone."""
     values = settings(tmp_path, policies=("sinks",), chunk=10, save_every=3)
@@ -83,6 +86,7 @@ def test_another_texts_stream_is_not_continued(tmp_path, monkeypatch):
         sinks_perplexity.run(Run(values | {"tokens": 80}, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_text_or_weights_that_changed_under_their_name_are_refused(tmp_path, monkeypatch):
     """In the middle of a stream, and where the row is there; what is there stays."""
     text, run = tmp_path / "a.txt", tmp_path / "run"
@@ -109,6 +113,7 @@ def test_a_text_or_weights_that_changed_under_their_name_are_refused(tmp_path, m
         sinks_perplexity.run(Run(values, run))
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_reported_under_another_config(tmp_path, capsys):
     values = settings(tmp_path, policies=("sinks",))
     assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0
@@ -133,6 +138,7 @@ def test_what_is_finished_is_not_reported_under_another_config(tmp_path, capsys)
         sinks_perplexity.run(Run(other, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_another_policy_joins_the_table_on_purpose(tmp_path):
     values = settings(tmp_path, policies=("sinks",))
     assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0
@@ -146,6 +152,7 @@ def test_another_policy_joins_the_table_on_purpose(tmp_path):
     assert (row.config, row.overrides) == (values["name"], {"setting": "window 0+16"})
 
 
+@pytest.mark.slow
 def test_a_text_shorter_than_the_cache_leaves_its_cell_empty(tmp_path):
     values = settings(tmp_path, policies=("sinks",), cache_sizes=(128,), tokens=20)
     assert sinks_perplexity.run(Run(values, tmp_path / "run")) == 0

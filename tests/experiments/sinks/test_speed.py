@@ -19,6 +19,7 @@ def settings(folder, **changes):
     return config.to_dict()
 
 
+@pytest.mark.slow
 def test_every_policy_and_size_is_timed(tmp_path):
     assert sinks_speed.run(Run(settings(tmp_path, batch=2), tmp_path / "run")) == 0
     metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
@@ -29,6 +30,7 @@ def test_every_policy_and_size_is_timed(tmp_path):
     assert (tmp_path / "run" / "table.md").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_a_stopped_job_keeps_what_it_measured(tmp_path, monkeypatch):
     values, real, calls = settings(tmp_path), sinks_speed._median, []
 

@@ -23,6 +23,7 @@ def settings(job, folder, **changes):
     return config.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_every_policy_answers_every_question(job, tmp_path, monkeypatch):
     _, run, policies, asked = JOBS[job]
