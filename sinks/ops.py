@@ -1,0 +1,78 @@
+"""What sinks does otherwise on one machine than on another, and why. No other file but kernel.py names a backend.
+
+Legend: N tokens, D inputs, F outputs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+FEW = 8  # tokens up to which a product is bound by reading its weights
+
+
+def platform(arrays: Any = ()) -> str:
+    """What the next program is built for, "cpu", "gpu" or "tpu": the mesh in force, else the devices of `arrays` (a tree),
+    else JAX's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform
+    for leaf in jax.tree.leaves(arrays):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            return next(iter(leaf.devices())).platform
+    return jax.default_backend()
+
+
+def stacks_blocks(params: Any = ()) -> bool:
+    """Whether blocks lie on one leading axis, for `lax.scan`: not on a CPU, where slicing a block out of it copies it."""
+    return platform(params) != "cpu"
+
+
+def chat_weights() -> str:
+    """How chat keeps its weights: in 8 bits on a CPU, where a token takes the time of reading them; float32 elsewhere."""
+    return "int8" if platform() == "cpu" else "float32"
+
+
+def fused_or_plain(fused: Callable[[], jax.Array], plain: Callable[[], jax.Array]) -> jax.Array:
+    """`fused`, which calls sinks/kernel.py, in programs for TPUs; `plain` in all others.
+
+    It is chosen when the program is compiled, so that one compiled here for another machine has that machine's form.
+    """
+    return jax.lax.platform_dependent(tpu=fused, default=plain)
+
+
+def times_rows(x_ND: jax.Array, w_FD: jax.Array, scale_F: jax.Array | None) -> jax.Array:
+    """x (w scale)^T, [N, F], with the weights read as they lie; in float32 at least. No scale is 1.
+
+    For a few tokens the time is that of reading the weights, and they are the left operand. XLA's CPU backend has fast
+    products below float32 only where the right operand has two columns or more, and otherwise converts all weights to
+    float32 first. So a lone token gets columns of zeros next to it, or in int8 what its rounding left over.
+    """
+    N = len(x_ND)
+    if scale_F is not None and N <= FEW:
+        peak_N1 = jnp.max(jnp.abs(x_ND), 1, keepdims=True) / 127
+        fine_ND = x_ND / jnp.where(peak_N1 == 0, 1, peak_N1)
+        whole_ND = jnp.round(fine_ND)  # [-127, 127], as is what it leaves over, times 254
+        columns = jnp.concatenate([whole_ND, jnp.round((fine_ND - whole_ND) * 254)])
+        y_FN = _sum_over_last(w_FD, columns.astype(jnp.int8), jnp.int32).astype(jnp.float32)
+        return (y_FN[:, :N] + y_FN[:, N:] / 254).T * peak_N1 * scale_F
+    if scale_F is not None:
+        w_FD = w_FD.astype(jnp.bfloat16)  # exact
+    x_ND, out = x_ND.astype(w_FD.dtype), jnp.promote_types(w_FD.dtype, jnp.float32)
+    if N > FEW:
+        y_NF = _sum_over_last(x_ND, w_FD, out)
+        return y_NF if scale_F is None else y_NF * scale_F
+    if w_FD.dtype == jnp.bfloat16:
+        x_ND = jnp.pad(x_ND, ((0, max(0, 2 - N)), (0, 0)))
+    return _sum_over_last(w_FD, x_ND, out)[:, :N].T
+
+
+def _sum_over_last(a_ND: jax.Array, b_MD: jax.Array, out: DTypeLike) -> jax.Array:
+    """a b^T, [N, M], summed in `out`."""
+    precision = jax.lax.Precision.HIGHEST if a_ND.dtype in (jnp.float32, jnp.float64) else None
+    return jax.lax.dot_general(
+        a_ND, b_MD, (((1,), (1,)), ((), ())), preferred_element_type=out, precision=precision
+    )
