@@ -4,12 +4,15 @@ Legend: N tokens, D inputs, F outputs.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import DTypeLike
+
+from common.nn import cpu
 
 FEW = 8  # tokens up to which a product is bound by reading its weights
 
@@ -44,6 +47,48 @@ def fused_or_plain(fused: Callable[[], jax.Array], plain: Callable[[], jax.Array
     return jax.lax.platform_dependent(tpu=fused, default=plain)
 
 
+def times(x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """x w, [N, F], in float32 at least; x takes w's type."""
+    return _product((1, 0), _cast(x_ND, w_DF.dtype), w_DF)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(over: tuple[int, int], a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product of two matrices of one type, which sums over axis over[0] of a and over[1] of b, in float32 at least.
+
+    The products of its derivative round to the operands' type. Left to itself, reverse mode would multiply a float32
+    cotangent with a bfloat16 operand, at the rate of float32.
+    """
+    return _dot(over, a, b, jnp.promote_types(a.dtype, jnp.float32))
+
+
+@_product.defjvp
+def _product_jvp(over, primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    y = _product(over, a, b)
+    return y, (_dot(over, da, b, a.dtype) + _dot(over, a, db, a.dtype)).astype(y.dtype)
+
+
+def _dot(over: tuple[int, int], a: jax.Array, b: jax.Array, out: DTypeLike) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST if a.dtype in (jnp.float32, jnp.float64) else None
+    dims = (((over[0],), (over[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=out, precision=precision)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x.astype(dtype). XLA's CPU backend rounds to bfloat16 at half the rate of the integers that cpu.rounded computes."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    on_cpu = partial(cpu.rounded, dtype="bfloat16")
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x.astype(dtype))
+
+
+@_cast.defjvp
+def _cast_jvp(dtype, primals, tangents):
+    return _cast(*primals, dtype), tangents[0].astype(dtype)
+
+
 def times_rows(x_ND: jax.Array, w_FD: jax.Array, scale_F: jax.Array | None) -> jax.Array:
     """x (w scale)^T, [N, F], with the weights read as they lie; in float32 at least. No scale is 1.
 
@@ -57,22 +102,14 @@ def times_rows(x_ND: jax.Array, w_FD: jax.Array, scale_F: jax.Array | None) -> j
         fine_ND = x_ND / jnp.where(peak_N1 == 0, 1, peak_N1)
         whole_ND = jnp.round(fine_ND)  # [-127, 127], as is what it leaves over, times 254
         columns = jnp.concatenate([whole_ND, jnp.round((fine_ND - whole_ND) * 254)])
-        y_FN = _sum_over_last(w_FD, columns.astype(jnp.int8), jnp.int32).astype(jnp.float32)
+        y_FN = _dot((1, 1), w_FD, columns.astype(jnp.int8), jnp.int32).astype(jnp.float32)
         return (y_FN[:, :N] + y_FN[:, N:] / 254).T * peak_N1 * scale_F
     if scale_F is not None:
         w_FD = w_FD.astype(jnp.bfloat16)  # exact
-    x_ND, out = x_ND.astype(w_FD.dtype), jnp.promote_types(w_FD.dtype, jnp.float32)
+    x_ND = x_ND.astype(w_FD.dtype)
     if N > FEW:
-        y_NF = _sum_over_last(x_ND, w_FD, out)
+        y_NF = _product((1, 1), x_ND, w_FD)
         return y_NF if scale_F is None else y_NF * scale_F
     if w_FD.dtype == jnp.bfloat16:
         x_ND = jnp.pad(x_ND, ((0, max(0, 2 - N)), (0, 0)))
-    return _sum_over_last(w_FD, x_ND, out)[:, :N].T
-
-
-def _sum_over_last(a_ND: jax.Array, b_MD: jax.Array, out: DTypeLike) -> jax.Array:
-    """a b^T, [N, M], summed in `out`."""
-    precision = jax.lax.Precision.HIGHEST if a_ND.dtype in (jnp.float32, jnp.float64) else None
-    return jax.lax.dot_general(
-        a_ND, b_MD, (((1,), (1,)), ((), ())), preferred_element_type=out, precision=precision
-    )
+    return _product((1, 1), w_FD, x_ND)[:, :N].T

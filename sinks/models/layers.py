@@ -6,10 +6,9 @@ from itertools import accumulate
 import jax
 import jax.numpy as jnp
 
-from common.nn.policy import Policy
 from common.sharding import Axes
 from sinks.int8 import quantize
-from sinks.ops import times_rows
+from sinks.ops import times, times_rows
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,9 @@ class Rows:
 
 def dense(x: jax.Array, w: jax.Array | Rows, bias_F: jax.Array | None = None) -> jax.Array:
     """x [..., D] times w [D, F]: [..., F] in float32. Operands take w's type: bfloat16 weights make bfloat16 products."""
-    if isinstance(w, Rows):
-        y = times_rows(x.reshape(-1, x.shape[-1]), w.w_FD, w.scale_F).reshape(*x.shape[:-1], -1)
-    elif w.dtype == jnp.float64:
-        y = jnp.einsum("...d,df->...f", x.astype(w.dtype), w)
-    else:
-        y = Policy(compute=w.dtype.name).dense(x, w)
+    x_ND = x.reshape(-1, x.shape[-1])
+    y_NF = times_rows(x_ND, w.w_FD, w.scale_F) if isinstance(w, Rows) else times(x_ND, w)
+    y = y_NF.reshape(*x.shape[:-1], -1)
     return y if bias_F is None else y + bias_F.astype(y.dtype)
 
 
