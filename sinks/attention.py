@@ -18,7 +18,7 @@ from common.sharding import BATCH_AXES, batch_ways, partition_spec
 from sinks import kernel
 from sinks.cache import RULES, CacheSpec, Layer, decode_kv, encode_kv, write_sinks
 from sinks.config import ModelConfig
-from sinks.ops import fused_or_plain
+from sinks.ops import fused_or_plain, summed
 from sinks.positions import (
     NOWHERE,
     Rotation,
@@ -78,7 +78,7 @@ def make_plan(
     dtype: jnp.dtype,
 ) -> Plan:
     """Positions and rotations of T tokens after the first start_B."""
-    t_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
+    t_BT = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     evicted_BT = evicted_at(t_BT, spec.capacity, evicted_B[:, None])
     recent = rotation(config, t_BT, dtype)
     sink = rotation(config, t_BT - evicted_BT, dtype)
@@ -114,7 +114,7 @@ def attend(
         sink_v = write_sinks(layer["sink_v"], v_BGTK, plan.start, plan.n)
     kept = {"sink_k": sink_k, "sink_v": sink_v, **encode_kv(spec, k_BGTK, v_BGTK)}
 
-    sink = Keys(sink_k, sink_v, jnp.arange(sink_k.shape[2])[None])
+    sink = Keys(sink_k, sink_v, jnp.arange(sink_k.shape[2], dtype=jnp.int32)[None])
     # New tokens are read as the ring will hold them, so that in int8 too it does not matter where a text is cut. The
     # sinks among them are read from their own slots.
     new = Keys(*decode_kv(spec, kept), jnp.where(plan.t >= spec.sinks, plan.t, NOWHERE))
@@ -150,7 +150,8 @@ def _decode(
         # The kernel takes two sets of keys. The new token joins the sinks, whose copy is small: it is turned back from
         # its own rotation to theirs.
         back = between(plan.recent, plan.sink)
-        k_here = rotate(new.k.swapaxes(1, 2), back).swapaxes(1, 2).astype(sink.k.dtype)
+        k_here = new.k.swapaxes(1, 2).astype(back.cos.dtype)
+        k_here = rotate(k_here, back).swapaxes(1, 2).astype(sink.k.dtype)
         j = jnp.broadcast_to(sink.j, (len(new.j), sink.j.shape[1]))
         first = _joined(Keys(sink.k, sink.v, j), Keys(k_here, new.v, new.j))
         stored = Keys(layer["k"], layer["v"], ring.j)
@@ -250,7 +251,7 @@ def _softmax_mix(
         score = _scores(q_BGQTK, keys.k) * K**-0.5
         if bias.slopes is not None:
             far_BTM = distance(t, j, evicted, n_sinks).astype(score.dtype)
-            score -= bias.slopes.reshape(G, Q, 1, 1).astype(score.dtype) * far_BTM[:, None, None]
+            score -= bias.slopes.reshape(1, G, Q, 1, 1).astype(score.dtype) * far_BTM[:, None, None]
         seen_BTM = visible(t, j, evicted, n_sinks)
         scores.append(jnp.where(seen_BTM[:, None, None], score, -jnp.inf))
 
@@ -274,7 +275,8 @@ def _ring(spec: CacheSpec, layer: Layer, start_B: jax.Array, *, in_order: bool =
     """The ring's keys after start_B tokens: as they lie, or from the oldest to the newest (a copy)."""
     j_BR = ring_index(start_B, spec.sinks, spec.recent)
     if in_order:
-        slot_BR = (start_B[:, None] - spec.sinks + jnp.arange(spec.recent)) % spec.recent
+        slot_R = jnp.arange(spec.recent, dtype=jnp.int32)
+        slot_BR = (start_B[:, None] - spec.sinks + slot_R[None]) % spec.recent
         pick = jax.vmap(lambda x, slots: jnp.take(x, slots, axis=1))
         layer = {name: pick(x, slot_BR) for name, x in layer.items() if not name.startswith("sink")}
         j_BR = jnp.take_along_axis(j_BR, slot_BR, 1)
@@ -316,4 +318,4 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def _accumulate(a: jax.Array) -> tuple[jnp.dtype, jax.lax.Precision | None]:
     """Operands stay as they are, sums are in float32 at least."""
     precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-    return jnp.promote_types(a.dtype, jnp.float32), precision
+    return summed(a.dtype), precision

@@ -221,7 +221,7 @@ def write_sinks(
 ) -> jax.Array:
     """The sinks after tokens start .. start+n-1, the first n_B of `new`: those among the first S are put in place."""
     S, T = old_BGSK.shape[2], new_BGTK.shape[2]
-    source_BS = jnp.arange(S) - start_B[:, None]
+    source_BS = jnp.arange(S, dtype=jnp.int32)[None] - start_B[:, None]
     picked = jnp.take_along_axis(new_BGTK, jnp.clip(source_BS, 0, T - 1)[:, None, :, None], axis=2)
     is_new = (source_BS >= 0) & (source_BS < n_B[:, None])
     return jnp.where(is_new[:, None, :, None], picked.astype(old_BGSK.dtype), old_BGSK)
@@ -246,7 +246,7 @@ def write_ring(
 
     def chunk(old, new, start, n):
         source = ring_index(start + n, n_sinks, R) - start
-        is_new = (source >= 0).reshape(R, *[1] * (old.ndim - 2))
+        is_new = (source >= 0).reshape(1, R, *[1] * (old.ndim - 2))
         return jnp.where(is_new, jnp.take(new, jnp.clip(source, 0, T - 1), axis=1), old)
 
     return jax.vmap(one_token if T == 1 else chunk)(old, new, start_B, n_B)
@@ -264,8 +264,12 @@ def decode_kv(spec: CacheSpec, layer: Layer) -> tuple[jax.Array, jax.Array]:
     """The inverse of `encode_kv`, up to rounding: k, v in the cache's dtype."""
     if not spec.int8:
         return layer["k"], layer["v"]
-    k, v = ((layer[x] * layer[f"{x}_scale"][..., None]).astype(spec.dtype) for x in ("k", "v"))
-    return k, v
+
+    def decoded(x: str) -> jax.Array:
+        scale = layer[f"{x}_scale"][..., None]
+        return (layer[x].astype(scale.dtype) * scale).astype(spec.dtype)
+
+    return decoded("k"), decoded("v")
 
 
 def update(cache: Cache, kept: Layer, n_B: jax.Array) -> Cache:

@@ -71,14 +71,15 @@ def _run(
             dots = jnp.einsum("BTGQK,BMGK->BGQTM", q_BTGQK, k_BTGK) * config.head_dim**-0.5
             return dots.reshape(-1, H, T, T)
 
-        score_BHTT = jnp.where(key < spec.sinks, scores(sink), scores(recent))
+        score_BHTT = jnp.where((key < spec.sinks)[None, None], scores(sink), scores(recent))
         if slopes is not None:
-            score_BHTT -= jnp.asarray(slopes, jnp.float32)[:, None, None] * far_TT
-        score_BHTT = jnp.where(seen_TT, score_BHTT, -jnp.inf)
+            slope_H11 = jnp.asarray(slopes, jnp.float32)[:, None, None]
+            score_BHTT -= (slope_H11 * far_TT[None].astype(jnp.float32))[None]
+        score_BHTT = jnp.where(seen_TT[None, None], score_BHTT, -jnp.inf)
         if config.sink_logits == "none":
             return jax.nn.softmax(score_BHTT)
         no_key_H = jnp.zeros(H) if config.sink_logits == "zero" else sink_logit_H
-        no_key = jnp.broadcast_to(no_key_H[:, None, None], (*score_BHTT.shape[:3], 1))
+        no_key = jnp.broadcast_to(no_key_H[None, :, None, None], (*score_BHTT.shape[:3], 1))
         return jax.nn.softmax(jnp.concatenate([score_BHTT, no_key], -1))[..., :T]
 
     def one_block(x_BTD, p):

@@ -47,6 +47,11 @@ def fused_or_plain(fused: Callable[[], jax.Array], plain: Callable[[], jax.Array
     return jax.lax.platform_dependent(tpu=fused, default=plain)
 
 
+def summed(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that products of this one are summed in: float32 at least."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def times(x_ND: jax.Array, w_DF: jax.Array) -> jax.Array:
     """x w, [N, F], in float32 at least; x takes w's type."""
     return _product((1, 0), _cast(x_ND, w_DF.dtype), w_DF)
@@ -59,7 +64,7 @@ def _product(over: tuple[int, int], a: jax.Array, b: jax.Array) -> jax.Array:
     The products of its derivative round to the operands' type. Left to itself, reverse mode would multiply a float32
     cotangent with a bfloat16 operand, at the rate of float32.
     """
-    return _dot(over, a, b, jnp.promote_types(a.dtype, jnp.float32))
+    return _dot(over, a, b, summed(a.dtype))
 
 
 @_product.defjvp
@@ -103,13 +108,13 @@ def times_rows(x_ND: jax.Array, w_FD: jax.Array, scale_F: jax.Array | None) -> j
         whole_ND = jnp.round(fine_ND)  # [-127, 127], as is what it leaves over, times 254
         columns = jnp.concatenate([whole_ND, jnp.round((fine_ND - whole_ND) * 254)])
         y_FN = _dot((1, 1), w_FD, columns.astype(jnp.int8), jnp.int32).astype(jnp.float32)
-        return (y_FN[:, :N] + y_FN[:, N:] / 254).T * peak_N1 * scale_F
+        return (y_FN[:, :N] + y_FN[:, N:] / 254).T * peak_N1 * scale_F[None]
     if scale_F is not None:
         w_FD = w_FD.astype(jnp.bfloat16)  # exact
     x_ND = x_ND.astype(w_FD.dtype)
     if N > FEW:
         y_NF = _product((1, 1), x_ND, w_FD)
-        return y_NF if scale_F is None else y_NF * scale_F
+        return y_NF if scale_F is None else y_NF * scale_F[None]
     if w_FD.dtype == jnp.bfloat16:
         x_ND = jnp.pad(x_ND, ((0, max(0, 2 - N)), (0, 0)))
     return _product((1, 1), w_FD, x_ND)[:, :N].T

@@ -50,7 +50,8 @@ def ring_index(length: jax.Array, n_sinks: int, slots: int) -> jax.Array:
     Token j >= n_sinks lives in slot (j - n_sinks) mod slots: the newest one of each residue is there.
     """
     newest = length[..., None] - 1
-    j = newest - (newest - n_sinks - jnp.arange(slots)) % slots
+    slot = jnp.arange(slots, dtype=jnp.int32).reshape(*[1] * length.ndim, slots)
+    j = newest - (newest - n_sinks - slot) % slots
     return jnp.where(j >= n_sinks, j, NOWHERE)
 
 
@@ -84,9 +85,10 @@ def rotation(config: ModelConfig, t: jax.Array, dtype: DTypeLike) -> Rotation:
     t = 1, where float32 angles have lost whole turns from 2^24 on. (Two 32-bit words: no need for jax's 64-bit mode.)
     """
     fractions = [round(f / (2 * math.pi) * 2**64) for f in frequencies(config)]
-    high = np.array([f >> 32 for f in fractions], np.uint32)
-    low = np.array([f & 0xFFFFFFFF for f in fractions], np.uint32)
     t = t.astype(jnp.uint32)[..., None]
+    rank = [1] * (t.ndim - 1)
+    high = np.array([f >> 32 for f in fractions], np.uint32).reshape(*rank, -1)
+    low = np.array([f & 0xFFFFFFFF for f in fractions], np.uint32).reshape(*rank, -1)
     turn_high, turn_low = t * high + _multiply_high(t, low), t * low
     signed = lax.bitcast_convert_type(turn_high, jnp.int32)
     turns = signed.astype(dtype) * 2.0**-32 + turn_low.astype(dtype) * 2.0**-64

@@ -7,7 +7,8 @@ import jax
 
 from sinks.config import ModelConfig
 from sinks.models import neox_like
-from sinks.models.neox_like import embed, unembed
+from sinks.models.layers import embed
+from sinks.models.neox_like import unembed
 
 __all__ = ["block", "embed", "layout", "unembed"]
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from common.sharding import Axes
+from sinks.config import ModelConfig
 from sinks.int8 import quantize
-from sinks.ops import times, times_rows
+from sinks.ops import summed, times, times_rows
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def dense(x: jax.Array, w: jax.Array | Rows, bias_F: jax.Array | None = None) ->
     x_ND = x.reshape(-1, x.shape[-1])
     y_NF = times_rows(x_ND, w.w_FD, w.scale_F) if isinstance(w, Rows) else times(x_ND, w)
     y = y_NF.reshape(*x.shape[:-1], -1)
-    return y if bias_F is None else y + bias_F.astype(y.dtype)
+    return y if bias_F is None else y + _along(bias_F, y)
 
 
 def project(x: jax.Array, p: dict, *names: str) -> list[jax.Array]:
@@ -59,7 +60,13 @@ def project(x: jax.Array, p: dict, *names: str) -> list[jax.Array]:
         return [dense(x, p[name], p.get(f"{name}_bias")) for name in names]
     parts = jnp.split(dense(x, rows), list(accumulate(rows.sizes[:-1])), axis=-1)
     biases = (p.get(f"{name}_bias") for name in names)
-    return [y if b is None else y + b.astype(y.dtype) for y, b in zip(parts, biases)]
+    return [y if b is None else y + _along(b, y) for y, b in zip(parts, biases)]
+
+
+def embed(c: ModelConfig, params: dict, tokens_BT: jax.Array) -> jax.Array:
+    """Token embeddings [B, T, D], in float32 (float64 for float64 parameters)."""
+    x = params["embed"][tokens_BT]
+    return x.astype(summed(x.dtype))
 
 
 def logits(params: dict, x: jax.Array) -> jax.Array:
@@ -68,16 +75,21 @@ def logits(params: dict, x: jax.Array) -> jax.Array:
     return dense(x, Rows(params["embed"]) if unembed is None else unembed)
 
 
+def _along(p_F: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector of parameters as x [..., F] takes it: of its type and rank."""
+    return jnp.expand_dims(p_F.astype(x.dtype), range(x.ndim - 1))
+
+
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x over its root mean square, times scale."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D.astype(x.dtype)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * _along(scale_D, x)
 
 
 def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
     """Layer normalisation; no bias where bias_D is None."""
     x = x - jnp.mean(x, -1, keepdims=True)
-    y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * scale_D.astype(x.dtype)
-    return y if bias_D is None else y + bias_D.astype(y.dtype)
+    y = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps) * _along(scale_D, x)
+    return y if bias_D is None else y + _along(bias_D, y)
 
 
 def activate(kind: str, x: jax.Array) -> jax.Array:

@@ -6,10 +6,11 @@ Legend: B batch, T tokens, D width, H heads, G key heads, K head width, F hidden
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sinks.config import ModelConfig
-from sinks.models.layers import Leaf, activate, dense, logits, project, rms_norm
+from sinks.models.layers import Leaf, activate, dense, embed, logits, project, rms_norm
+
+__all__ = ["block", "embed", "layout", "unembed"]
 
 
 def layout(c: ModelConfig) -> dict[str, Any]:
@@ -46,12 +47,6 @@ def layout(c: ModelConfig) -> dict[str, Any]:
     if not c.tie_embeddings:
         tree["unembed"] = Leaf((D, V), ("embed", "vocab"))
     return tree
-
-
-def embed(c: ModelConfig, params: dict[str, Any], tokens_BT: jax.Array) -> jax.Array:
-    """Token embeddings [B, T, D], in float32 (float64 for float64 parameters)."""
-    x = params["embed"][tokens_BT]
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def block(c: ModelConfig, p: dict[str, Any], x_BTD: jax.Array, attend) -> jax.Array:

@@ -69,12 +69,6 @@ def model_leaves(c: ModelConfig, blocks: Leaves) -> Leaves:
     return tree
 
 
-def embed(c: ModelConfig, params: Leaves, tokens_BT: jax.Array) -> jax.Array:
-    """Token embeddings [B, T, D], in float32 (float64 for float64 parameters)."""
-    x = params["embed"][tokens_BT]
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def norm(c: ModelConfig, p: Leaves, name: str, x: jax.Array) -> jax.Array:
     """The LayerNorm called `name`."""
     return layer_norm(x, p[name], p.get(f"{name}_bias"), c.norm_eps)

@@ -21,8 +21,10 @@ def test_the_mesh_in_force_then_the_arrays_then_jaxs_default(elsewhere):
     assert ops.platform({"a": 1.0, "b": jnp.ones(2)}) == "cpu"
     with jax.set_mesh(make_mesh(MeshSpec())):
         assert ops.platform() == "cpu"
-        assert jax.jit(lambda x: x + (ops.platform(x) == "cpu"))(0) == 1
-    assert jax.jit(lambda x: x + (ops.platform(x) == "gpu"))(0) == 1, "nothing tells while tracing"
+        assert jax.jit(lambda x: x + int(ops.platform(x) == "cpu"))(0) == 1
+    assert jax.jit(lambda x: x + int(ops.platform(x) == "gpu"))(0) == 1, (
+        "nothing tells while tracing"
+    )
 
 
 def test_layouts_and_weights_of_another_machine_and_by_hand(elsewhere):

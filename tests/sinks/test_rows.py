@@ -74,11 +74,13 @@ def test_joined_products_give_the_same_logits(model, dtype):
 def test_a_model_in_int8_is_the_model_with_rounded_weights(model):
     c = small.config(**model)
     p = stream.prepare(small.params(c), int8=True)
-    rounded = jax.tree.map(
-        lambda rows: Rows(rows.w_FD * rows.scale_F[:, None], sizes=rows.sizes) if isinstance(rows, Rows) else rows,
-        p,
-        is_leaf=lambda x: isinstance(x, Rows),
-    )  # fmt: skip
+
+    def as_float(rows):
+        w_FD = rows.w_FD.astype(jnp.float32) * rows.scale_F[:, None]
+        return Rows(w_FD, sizes=rows.sizes)
+
+    is_rows = lambda x: isinstance(x, Rows)  # noqa: E731
+    rounded = jax.tree.map(lambda x: as_float(x) if is_rows(x) else x, p, is_leaf=is_rows)
     tokens = [np.array([3, 1, 4, 1, 5, 9, 2])]
     (got,), _ = small.stream_logits(c, p, CacheSpec(2, 4), tokens, [[1]] * 7)
     (want,), _ = small.stream_logits(c, rounded, CacheSpec(2, 4), tokens, [[1]] * 7)
