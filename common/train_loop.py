@@ -23,7 +23,7 @@ from common.flops import utilisation
 from common.host import set_fragments_aside
 from common.mesh import auto_mesh
 from common.metrics import Metrics, compute
-from common.nn.cpu import compiler_options
+from common.nn.ops import Policy, compiler_options
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
 from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, path_name, replicated
@@ -229,7 +229,7 @@ class Loop:
             in_shardings=(sharding, batch_sharding(self.mesh), *[replicated(self.mesh)] * 2),
             out_shardings=(sharding, replicated(self.mesh)),
             donate_argnums=0,
-            compiler_options=compiler_options(),
+            compiler_options=compiler_options(getattr(self.recipe, "policy", Policy())),
         )
         if self.spec.profile_steps:
             begin = self.spec.profile_start

@@ -94,11 +94,9 @@ def check(config: dict[str, Any], topology: str) -> Report:
 
     chip, devices = topology_chips(topology)
     settings = resolve(config)
-    # On a TPU the depth loop is a loop; None would look at this process's CPU.
-    policy = dataclasses.replace(settings.recipe.policy, unroll=settings.policy.unroll or 1)
-    recipe = dataclasses.replace(settings.recipe, policy=policy)
     try:
         mesh = make_mesh(settings.mesh, devices)
+        recipe = settings.on(mesh).recipe
         abstract, sharding = state_shardings(recipe, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -38,8 +38,8 @@ def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     import numpy as np
 
     from common.flops import measure_matmul_peak, traced_flops
-    from common.nn.cpu import compiler_options
-    from common.nn.policy import Policy
+    from common.mesh import MeshSpec, make_mesh
+    from common.nn.ops import Policy, compiler_options
     from common.optim import OptimSpec, adamw
     from common.state import init_state
     from common.train_step import make_train_step
@@ -51,14 +51,15 @@ def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     masks = MaskSpec(grid=model.grid, context_tokens=CONTEXT)
     assert (masks.context_size, masks.target_size) == (CONTEXT, TARGET)
     tx, momentum = adamw(OptimSpec(), 10_000), EmaSpec().schedule(10_000)
-    recipe = IJepa(model, masks, tx, momentum, policy=Policy(unroll=unroll))
+    policy = Policy(unroll=unroll).built_for(make_mesh(MeshSpec()), model.tokens * model.hidden)
+    recipe = IJepa(model, masks, tx, momentum, policy=policy)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, IMAGE, IMAGE, 3), np.uint8)
     batch = jax.device_put(AddMasks(masks, 0)({"image": images}, np.arange(BATCH)))
     state = init_state(recipe, jax.random.key(0))
     step = make_train_step(recipe)
     flops = traced_flops(step, state, batch, jnp.int32(0))
     began = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(policy))
     compiled = jitted.lower(state, batch, jnp.int32(0)).compile()
     compile_seconds = time.perf_counter() - began
     set_fragments_aside()

@@ -21,7 +21,7 @@ from jax.tree_util import Partial
 
 from common.augment import RandomResizedCrop
 from common.flops import traced_flops
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from common.optim import OptimSpec, adamw
 from common.state import init_state
 from common.train_step import AS_IT_IS, make_dispatch, make_train_step

@@ -223,7 +223,7 @@ def open_run(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
         check_sets(settings, sets)
         _check_writers(settings)
         settings.train.check_mesh(mesh := make_mesh(settings.mesh))
-        return settings, sets, mesh
+        return settings.on(mesh), sets, mesh
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from common.nn.policy import Policy
+from common.nn import ops
+from common.nn.ops import Policy
 from common.sharding import Axes
 from sinks.int8 import quantize
 
@@ -54,7 +55,7 @@ def dense(x: jax.Array, w: jax.Array | Rows, bias_F: jax.Array | None = None) ->
     elif w.dtype == jnp.float64:
         y = jnp.einsum("...d,df->...f", x.astype(w.dtype), w)
     else:
-        y = Policy(compute=w.dtype.name).dense(x, w)
+        y = ops.dense(Policy(compute=w.dtype.name), x, w)
     return y if bias_F is None else y + bias_F.astype(y.dtype)
 
 
