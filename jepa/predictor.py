@@ -104,8 +104,8 @@ def _without_gap(
     target_lengths_BM: jax.Array | None,
     sizes: tuple[int, int, int, int],
 ) -> tuple[jax.Array | None, jax.Array | None, Wanted]:
-    """Of the joined sequences [B * M, C + T]: an order that moves the context's padding to the end, how many tokens come
-    before padding, and where the targets are then. None: the order as it is, no padding."""
+    """How the joined sequences [B * M, C + T] keep all padding at the end: the order of their tokens (None: as they are),
+    how many come before the padding (None: all), and where the targets then are."""
     B, M, C, T = sizes
     if context_lengths_B is None:
         lengths = None if target_lengths_BM is None else C + target_lengths_BM.reshape(-1)

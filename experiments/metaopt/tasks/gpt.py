@@ -9,6 +9,7 @@ from functools import cached_property
 import jax
 from flax import nnx
 
+from common.mesh import MeshSpec, make_mesh
 from common.nn.layers import INIT, Block, LayerNorm, Linear
 from common.nn.module import Module, Params, define, init_stack, scan_stack
 from common.nn.ops import Policy
@@ -83,7 +84,8 @@ def gpt_task(
     """The GPT on the text at `where` (see `sinks.text.documents`)."""
 
     def net(vocabulary: int):
-        gpt = GPT(vocabulary, length, hidden, depth)
+        policy = Policy().built_for(make_mesh(MeshSpec()))
+        gpt = GPT(vocabulary, length, hidden, depth, policy)
         return gpt.init, gpt
 
     return text_task("gpt", where, net, length, examples)
