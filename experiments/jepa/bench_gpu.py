@@ -114,7 +114,7 @@ def peer(shape: Shape, mode: str, batch: int) -> Contender:
 def check(dtype: str, tolerance: float) -> Contender:
     """Loss and gradient of a small model here, against the CPU's in float32."""
 
-    def loss_in(dtype: str, form: str):
+    def loss_in(dtype: str, form: str | None):
         # Its contexts, too, have the 256 tokens from which attention is fused.
         recipe = _recipe(replace(TINY, image=(64, 64), patch=2), Policy(compute=dtype, form=form))
         grad = jax.value_and_grad(lambda p, x, b: recipe.loss(p, x, b, None)[0])
