@@ -11,6 +11,7 @@ import optax
 from optax import OptState, Params, Updates
 
 from metaopt.learn import Learn
+from metaopt.ops import kept
 
 Values = dict[str, jax.Array]  # keyword -> its value: f[], or f[G] with one entry for each group
 # The same without names, in their alphabetical order. In states, names belong to the values alone, so that
@@ -98,9 +99,7 @@ class Rule:
         }
 
     def values(self, raw: Values, count: jax.Array) -> Values:
-        values = {name: spec.value(raw[name], count) for name, spec in self.learned.items()}
-        # Without the barrier XLA's CPU compiler computes exp(raw) again for every element of the model.
-        return jax.lax.optimization_barrier(values)
+        return kept({name: spec.value(raw[name], count) for name, spec in self.learned.items()})
 
     def by_hand(
         self, raw: Values, values: Values, used: Values, count: jax.Array

@@ -26,6 +26,7 @@ from optax import OptState, Params, Updates
 
 from metaopt.closed import decay_mask, find_form, off_one
 from metaopt.guards import parts_of
+from metaopt.ops import kept, sum_all
 from metaopt.rule import Rule, Values, named, needs_params, needs_value, probe_tree, real, row
 from metaopt.safe import safe_roots
 
@@ -71,8 +72,7 @@ class Trace:
         """
 
         def add(z, t):
-            keep = jnp.asarray(self.keep(count, real(z.dtype)), real(z.dtype))
-            keep = jax.lax.optimization_barrier(keep)
+            keep = kept(jnp.asarray(self.keep(count, real(z.dtype)), real(z.dtype)))
             return (keep * jnp.where(jnp.isfinite(z), z, 0) + t).astype(z.dtype)
 
         return new._replace(tangents=jax.tree.map(add, old.tangents, new.tangents))
@@ -359,14 +359,6 @@ def _dot(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """The sum of Re(conj(a) b)."""
     pairs = zip(parts_of(a), parts_of(b))  # the other's imaginary part meets nothing if one is real
     return sum((sum_all(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
-
-
-def sum_all(x: jax.Array) -> jax.Array:
-    """The sum of an array. XLA's CPU compiler adds one number at a time, but multiplies matrices in vectors."""
-    if x.ndim == 0:
-        return x
-    ones = jnp.ones(x.shape[-1], x.dtype)
-    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.sum(x @ ones), default=jnp.sum)
 
 
 def _replay_copies(rule: Rule, reads_params: bool, reads_value: bool | None) -> float:
