@@ -8,7 +8,6 @@ Legend: B batch, T new tokens, H query heads, G key heads, Q = H / G query heads
 R ring slots, M keys.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from common.sharding import BATCH_AXES, batch_ways, partition_spec
 from sinks import kernel
 from sinks.cache import RULES, CacheSpec, Layer, decode_kv, encode_kv, write_sinks
 from sinks.config import ModelConfig
+from sinks.ops import fused_or_plain
 from sinks.positions import (
     NOWHERE,
     Rotation,
@@ -146,7 +146,7 @@ def _decode(
         parts += [(q_recent, ring), (q_recent, new)]
         return _softmax_mix(parts, plan.t, plan.evicted, spec.sinks, bias)
 
-    def on_tpu() -> jax.Array:
+    def fused() -> jax.Array:
         # The kernel takes two sets of keys. The new token joins the sinks, whose copy is small: it is turned back from
         # its own rotation to theirs.
         back = between(plan.recent, plan.sink)
@@ -157,7 +157,7 @@ def _decode(
         scales = (layer["k_scale"], layer["v_scale"]) if spec.int8 else None
         return _kernel(q_sink, q_recent, first, stored, plan, spec.sinks, bias, scales)
 
-    return _on_backend(spec, new.k, on_tpu, plain)
+    return fused_or_plain(fused, plain) if _kernel_fits(spec, new.k) else plain()
 
 
 def _chunk(
@@ -186,25 +186,20 @@ def _chunk(
         mixed = [block(i, min(i + QUERY_BLOCK, T)) for i in range(0, T, QUERY_BLOCK)]
         return jnp.concatenate(mixed, 3) if len(mixed) > 1 else mixed[0]
 
-    def on_tpu() -> jax.Array:
+    def fused() -> jax.Array:
         return _kernel(q_sink, q_recent, sinks, recent, plan, spec.sinks, bias)
 
-    return plain() if layer is None else _on_backend(spec, new.k, on_tpu, plain)
-
-
-def _on_backend(spec: CacheSpec, k_BGTK: jax.Array, on_tpu: Callable, plain: Callable) -> jax.Array:
-    if not _kernel_fits(spec, *k_BGTK.shape[:2]):
-        return plain()
-    return jax.lax.platform_dependent(tpu=on_tpu, default=plain)
+    fits = layer is not None and _kernel_fits(spec, new.k)
+    return fused_or_plain(fused, plain) if fits else plain()
 
 
 def _joined(a: Keys, b: Keys) -> Keys:
     return Keys(*(jnp.concatenate(pair, axis) for *pair, axis in zip(a, b, (2, 2, 1))))
 
 
-def _kernel_fits(spec: CacheSpec, B: int, G: int) -> bool:
-    """Whether sinks/kernel.py computes this on a TPU: not in float64, nor on a mesh that does not divide rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
+def _kernel_fits(spec: CacheSpec, k_BGTK: jax.Array) -> bool:
+    """Whether sinks/kernel.py computes this: not in float64, nor on a mesh that does not divide rows and heads."""
+    (B, G), mesh = k_BGTK.shape[:2], jax.sharding.get_abstract_mesh()
     if spec.dtype == "float64":
         return False
     if mesh.empty:

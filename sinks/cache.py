@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh
 
 from common.sharding import BATCH_AXES, Rules, shardings
+from sinks import ops
 from sinks.config import ModelConfig
 from sinks.int8 import quantize
 from sinks.positions import ring_index
@@ -124,14 +125,13 @@ def init(
 
     Args:
       stacked: the ring's layers on one leading axis, for `lax.scan` (small programs), or a tuple of them (no slice is
-        ever copied, which on CPU halves the time of a token). Must match the parameters' blocks; default: what
-        `stream.prepare` chooses for the backend.
+        ever copied). Must match the parameters' blocks; default: what `stream.prepare` chooses (sinks/ops.py).
 
     Raises:
       ValueError: there is no memory for it.
     """
     if stacked is None:
-        stacked = jax.default_backend() != "cpu"
+        stacked = ops.stacks_blocks()
     shapes = abstract(config, spec, batch, stacked=stacked)
     try:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

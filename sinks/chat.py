@@ -32,7 +32,7 @@ import jax
 
 import sinks
 from common.host import keep_freed_memory
-from sinks import hub, stream
+from sinks import hub, ops, stream
 from sinks.cache import CacheSpec
 from sinks.conversation import Conversation
 from sinks.params import fingerprint
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open_and_converse(args: argparse.Namespace, spec: CacheSpec, sampling: Sampling) -> int:
-    weights = args.weights or ("int8" if jax.default_backend() == "cpu" else "float32")
+    weights = args.weights or ops.chat_weights()
     try:
         model = sinks.load(args.model, dtype="bfloat16" if weights == "bfloat16" else "float32")
         seal = fingerprint(model.params)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sinks import models
+from sinks import models, ops
 from sinks.attention import attend, make_plan
 from sinks.cache import MAX_LENGTH, Cache, CacheSpec, Layer, check_cache, check_unused, update
 from sinks.config import ModelConfig
@@ -34,17 +34,17 @@ JOINED = (("q", "k", "v"), ("gate", "up"))  # products of one input
 
 
 def prepare(params: Params, *, stacked: bool | None = None, int8: bool = False) -> Params:
-    """Parameters as this backend runs them fastest.
+    """Parameters as decoding reads them fastest.
 
     Args:
       stacked: blocks on one leading axis, for `lax.scan`, or a tuple of blocks with their weights as `layers.Rows`.
-        Default: a tuple on CPU, where slicing a block out of the stack copies it.
+        Default: what `ops.stacks_blocks` says of the devices they lie on.
       int8: weights in 8 bits, in a tuple, with a float32 scale for each output: a quarter of what a token reads. The
         embeddings stay as they are. Activations keep their precision: a product takes each as the sum of two 8-bit numbers.
     """
     blocks, is_stacked = params["blocks"], isinstance(params["blocks"], dict)
     if stacked is None:
-        stacked = jax.default_backend() != "cpu" and not int8
+        stacked = not int8 and ops.stacks_blocks(params)
     if stacked and int8:
         raise ValueError("int8=True with stacked=True: weights in 8 bits come as a tuple of blocks")
     if int8 and not is_stacked:

@@ -5,14 +5,10 @@ from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from common.nn import ops
-from common.nn.ops import Policy
 from common.sharding import Axes
 from sinks.int8 import quantize
-
-FEW = 8  # tokens up to which a product is bound by reading its weights
+from sinks.ops import times, times_rows
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,9 @@ class Rows:
 
 def dense(x: jax.Array, w: jax.Array | Rows, bias_F: jax.Array | None = None) -> jax.Array:
     """x [..., D] times w [D, F]: [..., F] in float32. Operands take w's type: bfloat16 weights make bfloat16 products."""
-    if isinstance(w, Rows):
-        y = _times_rows(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
-    elif w.dtype == jnp.float64:
-        y = jnp.einsum("...d,df->...f", x.astype(w.dtype), w)
-    else:
-        y = ops.dense(Policy(compute=w.dtype.name), x, w)
+    x_ND = x.reshape(-1, x.shape[-1])
+    y_NF = times_rows(x_ND, w.w_FD, w.scale_F) if isinstance(w, Rows) else times(x_ND, w)
+    y = y_NF.reshape(*x.shape[:-1], -1)
     return y if bias_F is None else y + bias_F.astype(y.dtype)
 
 
@@ -73,40 +66,6 @@ def logits(params: dict, x: jax.Array) -> jax.Array:
     """Products with "unembed" [D, V], or where there is none with "embed" [V, D]: [..., V] in float32."""
     unembed = params.get("unembed")
     return dense(x, Rows(params["embed"]) if unembed is None else unembed)
-
-
-def _times_rows(x_ND: jax.Array, rows: Rows) -> jax.Array:
-    """x w^T, [N, F], with the weights read as they lie.
-
-    For a few tokens the time is that of reading the weights, and they are the left operand. XLA's CPU backend has fast
-    products below float32 only where the right operand has two columns or more, and otherwise converts all weights to
-    float32 first. So a lone token gets columns of zeros next to it, or in int8 what its rounding left over.
-    """
-    w_FD, scale_F, N = rows.w_FD, rows.scale_F, len(x_ND)
-    if scale_F is not None and N <= FEW:
-        peak_N1 = jnp.max(jnp.abs(x_ND), 1, keepdims=True) / 127
-        fine_ND = x_ND / jnp.where(peak_N1 == 0, 1, peak_N1)
-        whole_ND = jnp.round(fine_ND)  # [-127, 127], as is what it leaves over, times 254
-        columns = jnp.concatenate([whole_ND, jnp.round((fine_ND - whole_ND) * 254)])
-        y_FN = _sum_over_last(w_FD, columns.astype(jnp.int8), jnp.int32).astype(jnp.float32)
-        return (y_FN[:, :N] + y_FN[:, N:] / 254).T * peak_N1 * scale_F
-    if scale_F is not None:
-        w_FD = w_FD.astype(jnp.bfloat16)  # exact
-    x_ND, out = x_ND.astype(w_FD.dtype), jnp.promote_types(w_FD.dtype, jnp.float32)
-    if N > FEW:
-        y_NF = _sum_over_last(x_ND, w_FD, out)
-        return y_NF if scale_F is None else y_NF * scale_F
-    if w_FD.dtype == jnp.bfloat16:
-        x_ND = jnp.pad(x_ND, ((0, max(0, 2 - N)), (0, 0)))
-    return _sum_over_last(w_FD, x_ND, out)[:, :N].T
-
-
-def _sum_over_last(a_ND: jax.Array, b_MD: jax.Array, out: DTypeLike) -> jax.Array:
-    """a b^T, [N, M], summed in `out`."""
-    precision = jax.lax.Precision.HIGHEST if a_ND.dtype in (jnp.float32, jnp.float64) else None
-    return jax.lax.dot_general(
-        a_ND, b_MD, (((1,), (1,)), ((), ())), preferred_element_type=out, precision=precision
-    )
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:

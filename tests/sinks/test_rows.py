@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sinks import stream
 from sinks.cache import CacheSpec, init
-from sinks.models.layers import FEW, Rows, dense
+from sinks.models.layers import Rows, dense
+from sinks.ops import FEW
 from tests.sinks import small
 
 FAMILIES = [
