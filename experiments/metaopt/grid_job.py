@@ -102,7 +102,7 @@ def open_task(settings: TaskSettings) -> Task:
         raise ConfigError(f"config.task: {error}") from error
 
 
-@job(only=("methods",))
+@job(Settings, only=("methods",))
 def run(run: Run) -> int:
     """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
     settings = build(Settings, run.values)

@@ -94,7 +94,7 @@ class Settings:
             raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
 
 
-@job(only=("rows",))
+@job(Settings, only=("rows",))
 def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table next to the paper's."""
     settings = build(Settings, run.values)
