@@ -49,7 +49,7 @@ log = logging.getLogger("triptych")
 EVALUATIONS = ("probe", "data.test_split", "data.probe_split", "data.eval_resize")
 
 
-@job()
+@job(Settings)
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     workdir = run.workdir

@@ -151,7 +151,7 @@ class Settings:
         return variant(name, neox, tx=tx, log=log_tx, compute=self.compute)
 
 
-@job(only=("variants", "evaluate"))
+@job(Settings, only=("variants", "evaluate"))
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings, workdir = build(Settings, run.values), run.workdir
