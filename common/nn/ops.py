@@ -116,8 +116,9 @@ def attention(
     if policy.form == "cpu":
         seen = _seen(q_BNHK.shape[1], k_BMHK.shape[1], lengths_B, causal)
         return cpu.attention(policy.compute, q_BNHK, k_BMHK, v_BMHK, seen)
-    M, K = k_BMHK.shape[1], k_BMHK.shape[3]
-    cudnn_takes = policy.compute == "bfloat16" and K <= 128 and K % 8 == 0
+    N, (_, M, _, K) = q_BNHK.shape[1], k_BMHK.shape
+    even = N % 2 == M % 2 == 0  # jax 0.10.2 refuses odd lengths wherever a gradient is asked for
+    cudnn_takes = policy.compute == "bfloat16" and K <= 128 and K % 8 == 0 and even
     fused = policy.form == "cudnn" and cudnn_takes and M >= FUSED_FROM
     operands = (x.astype(policy.compute) for x in (q_BNHK, k_BMHK, v_BMHK))
     with jax.default_matmul_precision(_precision(policy)):

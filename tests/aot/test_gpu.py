@@ -75,3 +75,23 @@ print(json.dumps(found))
 
 def test_nodes_hold_the_fsdp_axis():
     assert python(NODES) == [["h100", 1, [1]], ["h100", 4, [1, 1, 1, 1]]]
+
+
+RECIPES = """
+import json
+from experiments import preflight
+values = preflight._load("experiments/jepa/configs/in1k_vith14.py:smoke")  # patches of 8 x 8
+found = []
+for image, compute in ((192, "bfloat16"), (112, "bfloat16"), (192, "float32")):
+    values["model"].update(image=image)
+    values["policy"].update(compute=compute)
+    values["masks"].update(context_tokens=image * image // 96)
+    found.append(preflight.check(values, "h100:8").custom_calls)
+print(json.dumps(found))
+"""
+
+
+def test_a_recipe_has_cudnn_attention_from_256_tokens_in_bfloat16():
+    long, short, exact = ({k for k in calls if "cudnn" in k} for calls in python(RECIPES))
+    assert long == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}  # 576 tokens
+    assert not short and not exact  # 196 tokens; cuDNN takes no float32
