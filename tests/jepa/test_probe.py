@@ -37,7 +37,7 @@ def clouds(rows=900, d=12, classes=3, spread=2.5, seed=0):
 def encoder(images):
     """A stand-in: 4 tokens of width 3 whose layers are the image's mean times 1..5."""
     mean = jnp.asarray(images, jnp.float32).mean((1, 2, 3))
-    tokens = mean[:, None, None] + jnp.arange(4)[:, None] + 10 * jnp.arange(3)
+    tokens = mean[:, None, None] + jnp.arange(4)[None, :, None] + 10 * jnp.arange(3)[None, None]
     layers = [tokens * i for i in range(1, 6)]
     return layers[-1], layers[-4:]
 
