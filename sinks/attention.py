@@ -114,13 +114,13 @@ def attend(
         sink_v = write_sinks(layer["sink_v"], v_BGTK, plan.start, plan.n)
     kept = {"sink_k": sink_k, "sink_v": sink_v, **encode_kv(spec, k_BGTK, v_BGTK)}
 
-    sinks = Keys(sink_k, sink_v, jnp.arange(sink_k.shape[2])[None])
+    sink = Keys(sink_k, sink_v, jnp.arange(sink_k.shape[2])[None])
     # New tokens are read as the ring will hold them, so that in int8 too it does not matter where a text is cut. The
     # sinks among them are read from their own slots.
     new = Keys(*decode_kv(spec, kept), jnp.where(plan.t >= spec.sinks, plan.t, NOWHERE))
     q_sink = _by_key_head(rotate(q_BTHK, plan.sink), new)
     q_recent = _by_key_head(rotate(q_BTHK, plan.recent), new)
-    given = (q_sink, q_recent, sinks, new, _bias(config, sink_logit_H))
+    given = (q_sink, q_recent, sink, new, _bias(config, sink_logit_H))
     if layer is not None and q_BTHK.shape[1] == 1:
         mixed_BGQTK = _decode(spec, plan, layer, *given)
     else:
@@ -134,7 +134,7 @@ def _decode(
     layer: Layer,
     q_sink: jax.Array,
     q_recent: jax.Array,
-    sinks: Keys,
+    sink: Keys,
     new: Keys,
     bias: Bias,
 ) -> jax.Array:
@@ -142,7 +142,7 @@ def _decode(
     ring = _ring(spec, layer, plan.start)
 
     def plain() -> jax.Array:
-        parts = [(q_sink, sinks)] if spec.sinks else []
+        parts = [(q_sink, sink)] if spec.sinks else []
         parts += [(q_recent, ring), (q_recent, new)]
         return _softmax_mix(parts, plan.t, plan.evicted, spec.sinks, bias)
 
@@ -150,9 +150,9 @@ def _decode(
         # The kernel takes two sets of keys. The new token joins the sinks, whose copy is small: it is turned back from
         # its own rotation to theirs.
         back = between(plan.recent, plan.sink)
-        k_here = rotate(new.k.swapaxes(1, 2), back).swapaxes(1, 2).astype(sinks.k.dtype)
-        j = jnp.broadcast_to(sinks.j, (len(new.j), sinks.j.shape[1]))
-        first = _joined(Keys(sinks.k, sinks.v, j), Keys(k_here, new.v, new.j))
+        k_here = rotate(new.k.swapaxes(1, 2), back).swapaxes(1, 2).astype(sink.k.dtype)
+        j = jnp.broadcast_to(sink.j, (len(new.j), sink.j.shape[1]))
+        first = _joined(Keys(sink.k, sink.v, j), Keys(k_here, new.v, new.j))
         stored = Keys(layer["k"], layer["v"], ring.j)
         scales = (layer["k_scale"], layer["v_scale"]) if spec.int8 else None
         return _kernel(q_sink, q_recent, first, stored, plan, spec.sinks, bias, scales)
@@ -166,7 +166,7 @@ def _chunk(
     layer: Layer | None,
     q_sink: jax.Array,
     q_recent: jax.Array,
-    sinks: Keys,
+    sink: Keys,
     new: Keys,
     bias: Bias,
 ) -> jax.Array:
@@ -178,7 +178,7 @@ def _chunk(
         """Queries first .. last-1 of the chunk, over the slice of keys that any of them may see."""
         rows, seen = slice(first, last), slice(max(0, M - T + first - spec.recent), M - T + last)
         keys = Keys(recent.k[:, :, seen], recent.v[:, :, seen], recent.j[:, seen])
-        parts = [(q_sink[:, :, :, rows], sinks)] if spec.sinks else []
+        parts = [(q_sink[:, :, :, rows], sink)] if spec.sinks else []
         parts.append((q_recent[:, :, :, rows], keys))
         return _softmax_mix(parts, plan.t[:, rows], plan.evicted[:, rows], spec.sinks, bias)
 
@@ -187,7 +187,7 @@ def _chunk(
         return jnp.concatenate(mixed, 3) if len(mixed) > 1 else mixed[0]
 
     def fused() -> jax.Array:
-        return _kernel(q_sink, q_recent, sinks, recent, plan, spec.sinks, bias)
+        return _kernel(q_sink, q_recent, sink, recent, plan, spec.sinks, bias)
 
     fits = layer is not None and _kernel_fits(spec, new.k)
     return fused_or_plain(fused, plain) if fits else plain()
@@ -211,7 +211,7 @@ def _kernel_fits(spec: CacheSpec, k_BGTK: jax.Array) -> bool:
 def _kernel(
     q_sink: jax.Array,
     q_recent: jax.Array,
-    sinks: Keys,
+    sink: Keys,
     recent: Keys,
     plan: Plan,
     S: int,
@@ -222,10 +222,10 @@ def _kernel(
     B, G, Q, T, _ = q_recent.shape
     slopes = jnp.zeros(G * Q) if bias.slopes is None else bias.slopes
     no_key = jnp.full(G * Q, -jnp.inf) if bias.no_key is None else bias.no_key
-    sinks = sinks._replace(j=jnp.broadcast_to(sinks.j, (B, sinks.j.shape[1])))
+    sink = sink._replace(j=jnp.broadcast_to(sink.j, (B, sink.j.shape[1])))
     per_head = tuple(x.astype(jnp.float32).reshape(G, Q) for x in (slopes, no_key))
-    args = (q_sink, q_recent, *sinks, *recent, plan.t, plan.evicted, *per_head, scales)
-    run = partial(kernel.mix, sinks=S)
+    args = (q_sink, q_recent, *sink, *recent, plan.t, plan.evicted, *per_head, scales)
+    run = partial(kernel.mix, n_sinks=S)
     if jax.sharding.get_abstract_mesh().empty:
         return run(*args)
     keys, rows, heads = (
@@ -239,7 +239,7 @@ def _softmax_mix(
     parts: list[tuple[jax.Array, Keys]],
     t_BT: jax.Array,
     evicted_BT: jax.Array,
-    sinks: int,
+    n_sinks: int,
     bias: Bias,
 ) -> jax.Array:
     """One softmax over all parts, each a pair of queries [B, G, Q, T, K] and keys: the mixed values [B, G, Q, T, K]."""
@@ -249,9 +249,9 @@ def _softmax_mix(
         G, Q, K = (q_BGQTK.shape[i] for i in (1, 2, 4))
         score = _scores(q_BGQTK, keys.k) * K**-0.5
         if bias.slopes is not None:
-            far_BTM = distance(t, j, evicted, sinks).astype(score.dtype)
+            far_BTM = distance(t, j, evicted, n_sinks).astype(score.dtype)
             score -= bias.slopes.reshape(G, Q, 1, 1).astype(score.dtype) * far_BTM[:, None, None]
-        seen_BTM = visible(t, j, evicted, sinks)
+        seen_BTM = visible(t, j, evicted, n_sinks)
         scores.append(jnp.where(seen_BTM[:, None, None], score, -jnp.inf))
 
     peak = jnp.stack([score.max(-1) for score in scores]).max(0)

@@ -11,7 +11,7 @@ All shapes are static; one compiled program serves every length. Rows of a batch
 Legend: L layers, B batch, G key heads, K head width, S sinks, R ring slots, T new tokens.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh
+from jax.tree_util import GetAttrKey
 
 from common.sharding import BATCH_AXES, Rules, shardings
 from sinks import ops
@@ -76,24 +77,35 @@ class CacheSpec:
         return layers * (self.sinks * width + self.recent * slot) + 8 * batch
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class Cache:
     """The state of B streams: a pytree to donate, save and shard.
 
     Attributes:
-      sinks: {"sink_k", "sink_v"}, [L, B, G, S, K].
+      sink_kv: {"sink_k", "sink_v"}, [L, B, G, S, K].
       ring: {"k", "v" [B, G, R, K]}, with int8 {"k_scale", "v_scale" [B, G, R]} too; every array stacked over layers
         [L, ...], or a tuple of L such dicts (see `init`).
       length: tokens seen, int32 [B].
       evicted: tokens evicted in blocks beyond what streaming itself forgets, int32 [B] (sinks/policies.py).
     """
 
-    sinks: Layer
+    sink_kv: Layer
     ring: Layer | tuple[Layer, ...]
     length: jax.Array
     evicted: jax.Array
-    spec: CacheSpec = field(metadata={"static": True})
+    spec: CacheSpec
+
+    def tree_flatten(self) -> tuple[tuple, CacheSpec]:
+        return (self.sink_kv, self.ring, self.length, self.evicted), self.spec
+
+    def tree_flatten_with_keys(self) -> tuple[tuple, CacheSpec]:
+        names = ("sinks", "ring", "length", "evicted")  # in streams that are saved already
+        return tuple(zip(map(GetAttrKey, names), self.tree_flatten()[0])), self.spec
+
+    @classmethod
+    def tree_unflatten(cls, spec: CacheSpec, leaves: tuple) -> "Cache":
+        return cls(*leaves, spec=spec)
 
 
 def abstract(
@@ -165,7 +177,7 @@ def check_cache(config: ModelConfig, cache: Cache) -> None:
     want = abstract(config, cache.spec, cache.length.shape[0], stacked=stacked)
     describe = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]  # noqa: E731
     if describe(cache) != describe(want):
-        layers, _, heads, _, width = cache.sinks["sink_k"].shape
+        layers, _, heads, _, width = cache.sink_kv["sink_k"].shape
         raise ValueError(
             f"this cache was made for another model: it holds {layers} layers of {heads} key heads of width {width}, and "
             f"the model has {config.depth} of {config.kv_heads} of width {config.head_dim}. Make one with cache.init"
@@ -174,7 +186,7 @@ def check_cache(config: ModelConfig, cache: Cache) -> None:
 
 def check_unused(cache: Cache) -> None:
     """Raises ValueError for a cache whose arrays an earlier call has taken over."""
-    leaves = [cache.length, cache.evicted, *cache.sinks.values()]
+    leaves = [cache.length, cache.evicted, *cache.sink_kv.values()]
     if any(
         isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
         for leaf in leaves
@@ -191,12 +203,12 @@ def logical_axes(cache: Cache) -> Cache:
         names = (*lead, "batch", "heads")
         return names + (None,) * (leaf.ndim - len(names))
 
-    stacked = {x: axes(leaf, "layers") for x, leaf in cache.sinks.items()}
+    stacked = {x: axes(leaf, "layers") for x, leaf in cache.sink_kv.items()}
     if isinstance(cache.ring, tuple):
         ring = tuple({x: axes(leaf) for x, leaf in layer.items()} for layer in cache.ring)
     else:
         ring = {x: axes(leaf, "layers") for x, leaf in cache.ring.items()}
-    return replace(cache, sinks=stacked, ring=ring, length=("batch",), evicted=("batch",))
+    return replace(cache, sink_kv=stacked, ring=ring, length=("batch",), evicted=("batch",))
 
 
 def cache_shardings(cache: Cache, mesh: Mesh, rules: Rules = RULES) -> Cache:
@@ -216,7 +228,7 @@ def write_sinks(
 
 
 def write_ring(
-    old: jax.Array, new: jax.Array, sinks: int, start_B: jax.Array, n_B: jax.Array
+    old: jax.Array, new: jax.Array, n_sinks: int, start_B: jax.Array, n_B: jax.Array
 ) -> jax.Array:
     """The ring after tokens start .. start+n-1, the first n_B of `new`.
 
@@ -227,13 +239,13 @@ def write_ring(
 
     def one_token(old, new, start, n):
         """Writes the slot in place; rewrites what is there when there is nothing to write."""
-        slot = (start - sinks) % R
-        keep = (n == 0) | (start < sinks)
+        slot = (start - n_sinks) % R
+        keep = (n == 0) | (start < n_sinks)
         here = jax.lax.dynamic_slice_in_dim(old, slot, 1, axis=1)
         return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(keep, here, new), slot, axis=1)
 
     def chunk(old, new, start, n):
-        source = ring_index(start + n, sinks, R) - start
+        source = ring_index(start + n, n_sinks, R) - start
         is_new = (source >= 0).reshape(R, *[1] * (old.ndim - 2))
         return jnp.where(is_new, jnp.take(new, jnp.clip(source, 0, T - 1), axis=1), old)
 
@@ -268,5 +280,5 @@ def update(cache: Cache, kept: Layer, n_B: jax.Array) -> Cache:
         ring = tuple(map(one_layer, cache.ring, news))
     else:
         ring = jax.vmap(one_layer)(cache.ring, kept)
-    sinks = {x: kept[x] for x in cache.sinks}
-    return replace(cache, sinks=sinks, ring=ring, length=start_B + n_B)
+    sink_kv = {x: kept[x] for x in cache.sink_kv}
+    return replace(cache, sink_kv=sink_kv, ring=ring, length=start_B + n_B)

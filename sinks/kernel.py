@@ -20,7 +20,7 @@ LANES = 128
 MASKED = -1e30  # finite: the difference of two of them is no NaN
 
 
-@partial(jax.jit, static_argnames=("sinks", "interpret"))
+@partial(jax.jit, static_argnames=("n_sinks", "interpret"))
 def mix(
     q_sink: jax.Array,
     q_recent: jax.Array,
@@ -36,7 +36,7 @@ def mix(
     no_key: jax.Array,
     scales: tuple[jax.Array, jax.Array] | None = None,
     *,
-    sinks: int,
+    n_sinks: int,
     interpret: bool = False,
 ) -> jax.Array:
     """One softmax over sinks and recent keys: the mixed values, float32 [B, G, Q, T, K].
@@ -46,7 +46,7 @@ def mix(
       sink_k, sink_v: [B, G, S, K], read by q_sink; recent_k, recent_v: [B, G, M, K], read by q_recent; sink_j, recent_j:
         their token indices [B, S], [B, M].
       t, evicted: [B, T].
-      sinks: how many first tokens are sinks; distances depend on it, not on the number of sink_k.
+      n_sinks: how many first tokens are sinks; distances depend on it, not on the number of sink_k.
       slopes, no_key: ALiBi's slope and the logit of no key, per head [G, Q]; 0 and -inf for none.
       scales: of recent_k and recent_v where they are int8: float32 [B, G, M] each.
       interpret: run without a TPU, slowly.
@@ -70,7 +70,7 @@ def mix(
     in_specs, row = _blocks(rows, keys, S, K, len(by_slot))
     order = ("parallel", "parallel", "parallel", "arbitrary")
     out = pl.pallas_call(
-        partial(_kernel, sinks, recent_k.shape[2], K**-0.5),
+        partial(_kernel, n_sinks, recent_k.shape[2], K**-0.5),
         grid=(B, G, N // rows, M // keys),
         in_specs=in_specs,
         out_specs=row,
@@ -97,19 +97,19 @@ def _blocks(rows: int, keys: int, S: int, K: int, scales: int) -> tuple[list, pl
 
 
 def _kernel(
-    sinks, ends, scale,
+    n_sinks, ends, scale,
     q_sink, q_recent, t, evicted, slope, no_key, sink_k, sink_v, sink_j, recent_k, recent_v, recent_j, *rest,
 ):  # fmt: skip
     """One block of rows against one block of keys; before the first, against the sinks."""
     *scales, out, peak, total, mixed = rest
 
     def accumulate(q, k, v, j, is_there, k_scale=1, v_scale=1):
-        seen = visible(t[...], j, evicted[...], sinks)
+        seen = visible(t[...], j, evicted[...], n_sinks)
 
         @pl.when(jnp.max(seen.astype(jnp.int32)) > 0)
         def _():
             score = _dot(q[...], k[...].astype(q.dtype), (1, 1)) * (scale * k_scale)
-            score -= slope[...] * distance(t[...], j, evicted[...], sinks).astype(jnp.float32)
+            score -= slope[...] * distance(t[...], j, evicted[...], n_sinks).astype(jnp.float32)
             score = jnp.where(seen, score, MASKED)
             old = peak[:, :1]
             new = jnp.maximum(old, score.max(-1, keepdims=True))

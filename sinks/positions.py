@@ -33,25 +33,25 @@ def evicted_at(t: jax.Array, capacity: int, at_least: jax.Array | int = 0) -> ja
     return jnp.maximum(at_least, t - capacity)
 
 
-def visible(t: jax.Array, j: jax.Array, evicted: jax.Array, sinks: int) -> jax.Array:
+def visible(t: jax.Array, j: jax.Array, evicted: jax.Array, n_sinks: int) -> jax.Array:
     """Whether query t attends to token j: a sink, or a token after the gap, up to itself."""
-    is_sink = (j >= 0) & (j < sinks)
-    return (is_sink | (j >= sinks + evicted)) & (j <= t)
+    is_sink = (j >= 0) & (j < n_sinks)
+    return (is_sink | (j >= n_sinks + evicted)) & (j <= t)
 
 
-def distance(t: jax.Array, j: jax.Array, evicted: jax.Array, sinks: int) -> jax.Array:
+def distance(t: jax.Array, j: jax.Array, evicted: jax.Array, n_sinks: int) -> jax.Array:
     """Places between token j and query t in the cache. Meaningless where not `visible`."""
-    return t - j - jnp.where(j < sinks, evicted, 0)
+    return t - j - jnp.where(j < n_sinks, evicted, 0)
 
 
-def ring_index(length: jax.Array, sinks: int, slots: int) -> jax.Array:
+def ring_index(length: jax.Array, n_sinks: int, slots: int) -> jax.Array:
     """The token in each slot of the ring after `length` tokens [...]: [..., slots], NOWHERE in empty slots.
 
-    Token j >= sinks lives in slot (j - sinks) mod slots: the newest one of each residue is there.
+    Token j >= n_sinks lives in slot (j - n_sinks) mod slots: the newest one of each residue is there.
     """
     newest = length[..., None] - 1
-    j = newest - (newest - sinks - jnp.arange(slots)) % slots
-    return jnp.where(j >= sinks, j, NOWHERE)
+    j = newest - (newest - n_sinks - jnp.arange(slots)) % slots
+    return jnp.where(j >= n_sinks, j, NOWHERE)
 
 
 class Rotation(NamedTuple):

@@ -143,11 +143,11 @@ def _run_blocks(
 
     blocks = params["blocks"]
     if isinstance(blocks, dict):
-        layers = None if cache is None else cache.sinks | cache.ring
+        layers = None if cache is None else cache.sink_kv | cache.ring
         return jax.lax.scan(one_block, x_BTD, (blocks, layers))
     kept = []
     for i, p in enumerate(blocks):
-        layer = cache and {x: stack[i] for x, stack in cache.sinks.items()} | cache.ring[i]
+        layer = cache and {x: stack[i] for x, stack in cache.sink_kv.items()} | cache.ring[i]
         x_BTD, new = one_block(x_BTD, (p, layer))
         kept.append(new)
     # Stacked, so that a step hands few arrays from program to program: each costs microseconds.

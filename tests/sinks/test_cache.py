@@ -46,7 +46,7 @@ def test_int8_does_not_depend_on_the_cuts_and_costs_little():
     error = np.abs(np.asarray(one_by_one[0] - exact[0]))
     assert 0 < error.mean() < 0.05 * np.std(exact[0])
     assert in_8_bits.ring["k"].dtype == jnp.int8
-    assert in_8_bits.sinks["sink_k"].dtype == jnp.float32
+    assert in_8_bits.sink_kv["sink_k"].dtype == jnp.float32
 
 
 @pytest.mark.slow
