@@ -24,7 +24,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from optax import OptState, Params, Updates
 
-from metaopt.closed import decay_mask, find_form, off_one
+from metaopt.closed import Form, decay_mask, find_form, off_one
 from metaopt.guards import parts_of
 from metaopt.learn import lenient
 from metaopt.ops import kept, sum_all
@@ -148,6 +148,7 @@ class Mode(Protocol):
 
 @dataclass(frozen=True)
 class Closed:
+    form: Form
     needs_gradient: bool
     reads_all = True
 
@@ -166,9 +167,7 @@ class Closed:
         return memory  # what is kept does not depend on the rate
 
     def signal(self, rule, cotangent, memory, raw, count, base, params):
-        found = find_form(rule.factory, rule.constants, rule.learned)
-        assert found
-        form, tangents = found[0], lenient(found[0].tangents)
+        form, tangents = self.form, lenient(self.form.tangents)
         raw = self.settled(rule, raw, count, params)
         values, chain = jax.vjp(lambda r: rule.values(r, count), raw)
         leaves, names = jax.tree.leaves(cotangent), list(rule.learned)
@@ -335,7 +334,7 @@ def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Mode:
         name = getattr(rule.factory, "__name__", str(rule.factory))
         raise ValueError(f'no closed form of {name} by {", ".join(rule.learned)}; use mode="auto"')
     if form and (mode == "closed" or (mode == "auto" and not trace)):
-        return Closed(form[1])
+        return Closed(*form)
     if mode == "tangent" or trace:
         return Tangent(trace, safe)
     reads, value = needs_params(rule), needs_value(rule)
