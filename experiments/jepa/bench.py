@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "jepa" / "bench_step.jsonl"
 
 def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     """Times the real train step (common/train_step.py) of the real recipe."""
-    from common.host import keep_freed_memory, set_fragments_aside
+    from common.cpu_heap import keep_freed_memory, set_fragments_aside
 
     keep_freed_memory()
     import jax
@@ -83,7 +83,7 @@ def ours(steps: int, unroll: int | None) -> dict[str, Any]:
 
 def torch_peer(steps: int, mode: str, official: str) -> dict[str, Any]:
     """Times the peer's step: forward of both encoders and the predictor, backward, AdamW, EMA."""
-    from common.host import keep_freed_memory
+    from common.cpu_heap import keep_freed_memory
 
     keep_freed_memory()
     import torch  # pyright: ignore[reportMissingImports]  # extra: peers
