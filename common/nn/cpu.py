@@ -1,7 +1,7 @@
 """The form that XLA's CPU backend needs, of the operations in ops.py and of what goes over a batch.
 
-Everything here computes what the plain form says, with gradients written by hand, on one CPU device. Only ops.py imports
-it. A fence keeps XLA from fusing how a value is computed into each of its uses. How much each piece brings, and what was
+Everything here computes what the plain form says, with gradients written by hand, on one CPU device. Files called ops.py
+import it. A fence keeps XLA from fusing how a value is computed into each of its uses. How much each piece brings, and what was
 tried instead: docs/journal.md.
 
 Legend: B examples, N tokens (queries), M keys, D features in, F features out, H heads, K head width.

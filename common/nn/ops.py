@@ -192,9 +192,9 @@ def mean_over_examples(
     return error / count
 
 
-def compiler_options(policy: Policy) -> dict[str, str] | None:
-    """Options for the jit of a training step under this policy."""
-    return cpu.COMPILER_OPTIONS if policy.form == "cpu" else None
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """Options for the jit of a training step on the mesh's devices."""
+    return cpu.COMPILER_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None
 
 
 def _precision(policy: Policy) -> str:

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "jepa" / "bench_step.jsonl"
 
 def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     """Times the real train step (common/train_step.py) of the real recipe."""
-    from common.host import keep_freed_memory, set_fragments_aside
+    from common.cpu_heap import keep_freed_memory, set_fragments_aside
 
     keep_freed_memory()
     import jax
@@ -50,7 +50,8 @@ def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     masks = MaskSpec(grid=model.grid, context_tokens=CONTEXT)
     assert (masks.context_size, masks.target_size) == (CONTEXT, TARGET)
     tx, momentum = adamw(OptimSpec(), 10_000), EmaSpec().schedule(10_000)
-    policy = Policy(unroll=unroll).built_for(make_mesh(MeshSpec()), model.tokens * model.hidden)
+    mesh = make_mesh(MeshSpec())
+    policy = Policy(unroll=unroll).built_for(mesh, model.tokens * model.hidden)
     recipe = IJepa(model, masks, tx, momentum, policy=policy)
     images = np.random.default_rng(0).integers(0, 256, (BATCH, IMAGE, IMAGE, 3), np.uint8)
     batch = jax.device_put(AddMasks(masks, 0)({"image": images}, np.arange(BATCH)))
@@ -58,7 +59,7 @@ def ours(steps: int, unroll: int | None) -> dict[str, Any]:
     step = make_train_step(recipe)
     flops = traced_flops(step, state, batch, jnp.int32(0))
     began = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(policy))
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(mesh))
     compiled = jitted.lower(state, batch, jnp.int32(0)).compile()
     compile_seconds = time.perf_counter() - began
     set_fragments_aside()
@@ -82,7 +83,7 @@ def ours(steps: int, unroll: int | None) -> dict[str, Any]:
 
 def torch_peer(steps: int, mode: str, official: str) -> dict[str, Any]:
     """Times the peer's step: forward of both encoders and the predictor, backward, AdamW, EMA."""
-    from common.host import keep_freed_memory
+    from common.cpu_heap import keep_freed_memory
 
     keep_freed_memory()
     import torch  # pyright: ignore[reportMissingImports]  # extra: peers

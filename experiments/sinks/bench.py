@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "sinks" / "bench_decode.jsonl"
 
 def ours(mode: str, steps: int) -> dict[str, Any]:
     """Times `stream.decode_step` or `policies.score_chunk`; seconds are per token."""
-    from common.host import keep_freed_memory
+    from common.cpu_heap import keep_freed_memory
 
     keep_freed_memory()
     from dataclasses import replace
@@ -88,7 +88,7 @@ def ours(mode: str, steps: int) -> dict[str, Any]:
 
 def hugging_face(mode: str, steps: int) -> dict[str, Any]:
     """Times transformers' LlamaForCausalLM on one token with CACHE tokens in its cache."""
-    from common.host import keep_freed_memory
+    from common.cpu_heap import keep_freed_memory
 
     keep_freed_memory()
     import torch  # pyright: ignore[reportMissingImports]  # extra: peers

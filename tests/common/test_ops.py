@@ -249,7 +249,7 @@ def gradient(depth: int):
     def loss(stacked, x):
         return (scan_stack(block, stacked, x, unroll=depth) ** 2).mean()
 
-    return jax.jit(jax.grad(loss), compiler_options=ops.compiler_options(policy)), (stacked, x_BND)
+    return jax.jit(jax.grad(loss), compiler_options=cpu.COMPILER_OPTIONS), (stacked, x_BND)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def train(sizes: tuple[int, int, int], mode: str = "auto", r: IJepa | None = Non
         make_train_step(r),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=ops.compiler_options(r.policy),
+        compiler_options=ops.compiler_options(mesh),
     )
     losses = []
     with jax.set_mesh(mesh):
