@@ -4,7 +4,8 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do $$p $(NEW_ENOUGH) && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# libtpu has an environment of its own: where it is installed, every run on a CPU begins with its errors.
+# The compilers for TPUs and GPUs have an environment of their own: where libtpu is installed, every run on a CPU begins with
+# its errors.
 TPU := .venv-tpu
 # The newest stack that is tested has one too. pyenv's python3.12 answers only where 3.12 is among its chosen versions, and
 # where its shims are on the path; its folder is looked into otherwise.
@@ -14,7 +15,7 @@ PYTHON312 ?= $(firstword $(shell PYENV_VERSION=3.12 python3.12 -c 'import sys; p
 # Python 3.11 takes no jax after 0.10.2; the other versions share the newest.
 PINS = $$($(1)/python -c 'import sys; print("constraints.txt" if sys.version_info < (3, 12) else "constraints-newest.txt")')
 INSTALL = $(1)/pip install -q --disable-pip-version-check -c "$(call PINS,$(1))" -e
-PINNED := tpu peers notebooks tensorboard wandb dev
+PINNED := tpu preflight peers notebooks tensorboard wandb dev
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax_cache
 
 .PHONY: help reproduce test test-fast test-newest test-peers test-aot test-fuzz check lint format types boundaries bench bench-gpu notebooks tables preflight constraints clean same-python
@@ -40,7 +41,7 @@ test-newest:  ## the tests of one process on Python 3.12 with the newest jax (PY
 test-peers: $(VENV)/peers  ## parity with live peers (torch, transformers)
 	$(BIN)/python -m pytest -n 2 -m peers
 
-test-aot: $(TPU)/ready  ## compile the released recipes for a TPU pod, without hardware
+test-aot: $(TPU)/ready  ## compile for TPUs and GPUs, without hardware
 	$(TPU)/bin/python -m pytest -m aot
 
 test-fuzz: $(VENV)/dev  ## damaged weight files by the hundred (FUZZ_SEEDS=5,6 for other ones)
@@ -121,7 +122,7 @@ $(TPU)/bin/pip:
 
 $(TPU)/ready: pyproject.toml constraints.txt constraints-newest.txt | $(TPU)/bin/pip
 	@echo "installing into $(TPU) (about a minute on first use)"
-	$(call INSTALL,$(TPU)/bin) ".[dev,tpu]"
+	$(call INSTALL,$(TPU)/bin) ".[dev,preflight]"
 	@touch $@
 
 # The nvidia packages stay out: jax's plugins and torch each name those that they were built with.

@@ -98,7 +98,10 @@ class CenterCrop:
 
 def normalize(x_BHWC: jax.Array) -> jax.Array:
     """uint8 [..., 3] to float32 with ImageNet's mean and deviation; to be called inside jit."""
-    return x_BHWC.astype(jnp.float32) * (1 / (255 * STD)) - MEAN / STD
+    scale, shift = (
+        jax.lax.broadcast_to_rank(x, x_BHWC.ndim) for x in (1 / (255 * STD), MEAN / STD)
+    )
+    return x_BHWC.astype(jnp.float32) * scale - shift
 
 
 def random_resized_crop(

@@ -1,4 +1,4 @@
-"""Checkpoints. The only file that knows orbax, but for the barrier of distributed.py.
+"""Checkpoints: what is in one, how a run saves and restores them, and what is told of one that does not fit.
 
 A checkpoint is a directory `<directory>/<step>/`:
 
@@ -13,7 +13,6 @@ A directory has one writer. What reads another run's checkpoints uses `restore_p
 """
 
 import difflib
-import gc
 import json
 import logging
 import time
@@ -25,13 +24,11 @@ from os import PathLike
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
-from common._orbax import muted
+from common import _orbax
 from common.array_fingerprint import array_fingerprint
 from common.distributed import barrier, exchange
 from common.full_disk import is_full, no_space
@@ -77,19 +74,7 @@ class Checkpointer:
 
     def __init__(self, directory: str | PathLike, spec: CheckpointSpec = CheckpointSpec()):
         self._directory = _absolute(directory)
-        policies = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(spec.keep)]
-        if spec.every_steps:
-            kept.append(policies.EveryNSteps(spec.every_steps))
-        context = ocp.Context()
-        context.checkpointables.registry = ocp.handlers.local_registry()
-        context.checkpointables.registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
-        self._orbax = ocp.training.Checkpointer(
-            self._directory,
-            context=context,
-            preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]  # orbax annotates one class in two ways
-            cleanup_tmp_directories=True,
-        )
+        self._saver = _orbax.Saver(self._directory, spec.keep, spec.every_steps)
         self._current: int | None = None  # the step last saved or restored
         self._abandoned: list[int] = []  # steps newer than the one restored
 
@@ -106,7 +91,7 @@ class Checkpointer:
             if not is_full(error):
                 raise
         if error is not None and is_full(error):
-            last = max(_listed(self._directory), default=None)
+            last = max(_orbax.steps_in(self._directory), default=None)
             safe = "" if last is None else f"the last good checkpoint is step {last}"
             raise no_space(error, self._directory.parent, safe) from error
 
@@ -138,10 +123,9 @@ class Checkpointer:
         with jax.transfer_guard("allow"):
             leaves = _manifest(arrays)
             document = {"format_version": FORMAT_VERSION, "leaves": leaves, "meta": dict(meta)}
-            items = {"state": _stored(arrays), "meta": _sealed(document)}
             if self._abandoned:
                 self._set_aside()
-            self._orbax.save_checkpointables_async(step, items, force=True)
+            self._saver.save(step, arrays, _sealed(document))
         self._current = step
         if wait:
             self.wait()
@@ -171,18 +155,17 @@ class Checkpointer:
     def wait(self) -> None:
         """Returns when the save in flight is on disk; raises what went wrong with it."""
         try:
-            self._orbax.wait()
+            self._saver.wait()
         except Exception:
             self._current = None
-            self._orbax.reload()
             raise
 
     def close(self) -> None:
-        """Waits, and ends orbax's threads."""
+        """Waits, and ends the threads that save."""
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            self._saver.close()
 
     def _set_aside(self) -> None:
         for step in self._abandoned if jax.process_index() == 0 else ():
@@ -191,7 +174,7 @@ class Checkpointer:
             log.warning(f"checkpoint {step} is set aside as {target}")
         barrier("checkpoint set aside")
         self._abandoned = []
-        self._orbax.reload()
+        self._saver.reload()
 
 
 def read_meta(directory: str | PathLike, step: int | None = None) -> dict:
@@ -222,12 +205,8 @@ def _absolute(directory: str | PathLike) -> epath.Path:
 
 def _steps(directory: epath.Path) -> list[int]:
     """The first process lists them: caches of shared storage may show an older or newer folder to another."""
-    found = _listed(directory) if jax.process_index() == 0 else []
+    found = _orbax.steps_in(directory) if jax.process_index() == 0 else []
     return json.loads(exchange("checkpoints", json.dumps(found))[0])
-
-
-def _listed(directory: epath.Path) -> list[int]:
-    return sorted(found.step for found in ocp.path.step.standard_name_format().find_all(directory))
 
 
 def _newest_intact(directory: epath.Path, step: int | None, read: Callable[[int], T]) -> T:
@@ -272,25 +251,11 @@ def _placed(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _read_arrays(directory: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    # Each process reads on its own: at orbax's barriers the others would wait for minutes for the
-    # one that met damage.
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-    with context:
-        arrays = ocp.load(directory, _stored(wanted), checkpointable_name="state")
-    for name, leaf in wanted.items():
-        if name not in arrays:
-            arrays[name] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-        elif not isinstance(arrays[name], jax.Array):  # what damaged tree metadata can lead to
+    arrays = _orbax.read_arrays(directory, wanted)
+    for name in wanted:
+        if not isinstance(arrays[name], jax.Array):  # what damaged tree metadata can lead to
             raise DamagedError(f"no data for {name}")
     return arrays
-
-
-def _stored(arrays: dict[str, Any]) -> dict[str, Any]:
-    """The leaves that have elements: orbax refuses empty arrays, and the document describes those in full."""
-    return {name: leaf for name, leaf in arrays.items() if 0 not in leaf.shape}
 
 
 def _named(tree: Any, path: tuple[str, ...] = ()) -> tuple[dict[str, Any], Any]:
@@ -358,20 +323,7 @@ def _manifest(arrays: dict[str, jax.Array]) -> dict[str, list]:
 
 def _together(read: Callable[..., T], *args: Any) -> T:
     """read(*args); DamagedError on every process if it fails on any."""
-    problem, result = None, None
-    with muted():
-        try:
-            result = read(*args)
-        except Exception as error:
-            root: BaseException = error
-            while (cause := root.__cause__ or root.__context__) is not None:
-                root = cause
-            if isinstance(root, jax.errors.JaxRuntimeError | MemoryError):
-                raise  # trouble of this machine (out of memory), not of the checkpoint
-            problem = f"{type(root).__name__}: {root}"[:300]
-            del error, root
-        if failed := problem is not None:
-            gc.collect()
-    if np.any(multihost_utils.process_allgather(np.int32(failed))):
+    result, problem = _orbax.attempt(read, *args)
+    if np.any(multihost_utils.process_allgather(np.int32(problem is not None))):
         raise DamagedError(problem or "another process could not read its part")
-    return result  # pyright: ignore[reportReturnType]
+    return result

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -21,9 +20,9 @@ def packages(root: Path) -> list[str]:
 def find_commit() -> str:
     """The git commit of the checkout that this module lies in.
 
-    "+dirty" follows where tracked code differs from it or a package holds a module that git does not track, "+unchecked"
-    where git cannot be asked for that. Outside a checkout it is the commit that pip installed from, or "v" and the
-    installed version, or "unknown".
+    "+dirty" follows where tracked code differs from it or a package holds a module that git does not track. Outside a
+    checkout it is the commit that pip installed from, or "v" and the installed version. "unknown" where none of these
+    can be told, as in a checkout on a machine without git.
     """
     root = next((p for p in HERE.parents if (p / ".git").exists()), None)
     if root is not None:
@@ -32,9 +31,9 @@ def find_commit() -> str:
             dirty = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
             dirty = dirty or _untracked(root)
             return _git(root, "rev-parse", "HEAD") + ("+dirty" if dirty else "")
-        except FileNotFoundError:  # no git on this machine
-            if root == HERE.parents[1] and (commit := _head(root)):
-                return commit + "+unchecked"
+        except FileNotFoundError:  # no git on this machine: nobody knows what is checked out
+            if root == HERE.parents[1]:
+                return "unknown"
         except subprocess.CalledProcessError:
             pass
     return _installed()
@@ -54,29 +53,6 @@ def _git(root: Path, *args: str) -> str:
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return done.stdout.strip()
-
-
-def _head(root: Path) -> str:
-    """HEAD's commit, from git's own files; "" where they are not understood."""
-    try:
-        folder = root / ".git"
-        if folder.is_file():  # a worktree
-            folder = root / folder.read_text().removeprefix("gitdir:").strip()
-        head = (folder / "HEAD").read_text().strip()
-        if head.startswith("ref:"):
-            name, shared = head.removeprefix("ref:").strip(), folder
-            if (folder / "commondir").exists():
-                shared = folder / (folder / "commondir").read_text().strip()
-            if (shared / name).exists():
-                head = (shared / name).read_text().strip()
-            else:
-                packed = (shared / "packed-refs").read_text()
-                head = next(
-                    line.split()[0] for line in packed.splitlines() if line.endswith(f" {name}")
-                )
-    except (OSError, StopIteration):
-        return ""
-    return head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
 
 
 def _installed() -> str:

@@ -55,6 +55,10 @@ def jaxpr_flops(jaxpr: Any) -> float:
             kernel = eqn.invars[1].aval
             out_channels = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * eqn.outvars[0].aval.size * kernel.size / out_channels
+        elif name.startswith("dot_product_attention_"):  # cuDNN's, whose scores are computed twice
+            query, key = eqn.invars[0].aval, eqn.invars[1].aval
+            products = 4 if "bwd" in name else 2
+            total += products * 2 * query.size * key.shape[1]
         else:
             inner = [jaxpr_flops(j) for j in _jaxprs_in(params)]
             if name == "while" and sum(inner) > 0:

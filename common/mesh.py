@@ -113,3 +113,9 @@ def _on_tpu(devices: list, sizes: tuple[int, int, int], slices: int) -> np.ndarr
 def auto_mesh(mesh: Mesh) -> Mesh:
     """`mesh` with Auto axes: for all that runs outside the train step."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def one_program_at_a_time(mesh: Mesh) -> bool:
+    """Whether a program has to end before the next is dispatched: several virtual CPU devices share a thread pool, in
+    which the collectives of two programs can wait for each other forever."""
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"

@@ -14,8 +14,7 @@ import math
 import os
 import platform
 import re
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,42 +182,6 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """A metric over the seeds of one setting; `sd` is the sample's (n - 1), NaN for n = 1."""
-
-    mean: float
-    sd: float
-    n: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.mean:.4g}" if self.n == 1 else f"{self.mean:.4g} ± {self.sd:.2g} (n={self.n})"
-        )
-
-
-def summarize(
-    rows: Iterable[ResultRow], *, by: str | Callable[[ResultRow], Any], metric: str
-) -> dict[Any, Summary]:
-    """Mean and spread of a metric in each group, in order of first appearance.
-
-    `by` is a field's name, or a function of a row such as `lambda r: r.overrides["mask"]`. Rows
-    without the metric are left out; a NaN among the values makes mean and spread NaN.
-    """
-    key = by if callable(by) else lambda row: getattr(row, by)
-    groups: dict[Any, list[float]] = {}
-    for row in rows:
-        if metric in row.metrics:
-            groups.setdefault(key(row), []).append(row.metrics[metric])
-
-    def summary(values: list[float]) -> Summary:
-        has_spread = len(values) > 1 and all(map(math.isfinite, values))
-        sd = statistics.stdev(values) if has_spread else math.nan
-        return Summary(statistics.fmean(values), sd, len(values))
-
-    return {group: summary(values) for group, values in groups.items()}
-
-
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table, columns of numbers to the right. None is an empty cell."""
     rows = [["" if cell is None else cell for cell in row] for row in rows]
@@ -230,7 +193,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         return "| " + " | ".join(t.replace("|", "\\|") for t in text) + " |\n"
 
     columns = [[cell for cell in column if cell != ""] for column in zip(*rows)]
-    numeric = [all(isinstance(c, (int, float, Summary)) for c in column) for column in columns]
+    numeric = [all(isinstance(c, (int, float)) for c in column) for column in columns]
     rule = ["---:" if right else "---" for right in numeric] or ["---"] * len(header)
     return line(header) + line(rule) + "".join(map(line, rows))
 

@@ -20,75 +20,18 @@ from common.data import check_fingerprint
 from common.distributed import PreemptionGuard
 from common.evaluation import EvaluationFailed, run_evals, unrecorded
 from common.flops import utilisation
-from common.host import set_fragments_aside
-from common.mesh import auto_mesh
+from common.ledger import Ledger
+from common.mesh import auto_mesh, one_program_at_a_time
 from common.metrics import Metrics, compute
-from common.nn.cpu import compiler_options
 from common.profiling import ProfileWindow, annotate
 from common.recipe import EvalFn, Recipe
-from common.sharding import BATCH_AXES, batch_sharding, batch_ways, moved_to, path_name, replicated
+from common.sharding import moved_to
 from common.state import TrainState, abstract_with_shardings, init_sharded, state_shardings
-from common.train_step import AS_IT_IS, Prepare, diagnose, make_dispatch, make_train_step
+from common.train_spec import TrainSpec
+from common.train_step import Program, diagnose
 from common.writers import Writer
 
 log = logging.getLogger("triptych")
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """How long and how often.
-
-    Attributes:
-      steps: updates in all.  batch: global batch size.  seed: seed of parameters, data order, masks and noise.
-      log_every: steps between rows of metrics; 0 for the last step alone.
-      eval_every: steps between evaluations; 0 for the last step alone.
-      save_every: steps between checkpoints; 0 for the last step alone.
-      accumulate: microbatches per update.
-      steps_per_dispatch: updates in one program, between which the host does nothing; the numbers are those of 1.
-      profile_start: first step traced into <workdir>/profile.  profile_steps: steps traced; 0 for none.
-    """
-
-    steps: int
-    batch: int
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    save_every: int = 500
-    accumulate: int = 1
-    steps_per_dispatch: int = 1
-    profile_start: int = 10
-    profile_steps: int = 0
-
-    def __post_init__(self):
-        if min(self.steps, self.batch, self.accumulate, self.steps_per_dispatch) < 1:
-            positive = "train.steps, train.batch, train.accumulate and train.steps_per_dispatch"
-            raise ValueError(f"{positive} must be at least 1")
-        hooks = ("log_every", "eval_every", "save_every", "profile_start", "profile_steps")
-        if negative := [f"train.{n}={getattr(self, n)}" for n in hooks if getattr(self, n) < 0]:
-            raise ValueError(f"{', '.join(negative)} must not be negative")
-        if self.batch % self.accumulate:
-            raise ValueError(
-                f"train.batch={self.batch} does not divide into train.accumulate={self.accumulate} microbatches"
-            )
-
-        if not self.profile_steps:
-            hooks = hooks[:3]
-        each = self.steps_per_dispatch
-        if odd := [f"{n}={v}" for n in ("steps", *hooks) if (v := getattr(self, n)) % each]:
-            raise ValueError(
-                f"steps_per_dispatch={each} does not divide {', '.join(odd)}: change these, or set it to 1"
-            )
-
-    def check_mesh(self, mesh: Mesh) -> None:
-        """Raises ValueError unless every microbatch spreads evenly over the mesh."""
-        shards = batch_ways(mesh)
-        if (self.batch // self.accumulate) % shards:
-            parts = f" in {self.accumulate} microbatches" if self.accumulate > 1 else ""
-            axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
-            raise ValueError(
-                f"train.batch={self.batch}{parts} does not divide over the mesh's {axes}: use a multiple of "
-                f"{shards * self.accumulate}"
-            )
 
 
 class NonFiniteLoss(RuntimeError):
@@ -97,29 +40,6 @@ class NonFiniteLoss(RuntimeError):
 
 class Preempted(Exception):
     """The run was told to stop and has saved its state; start it again to continue."""
-
-
-@dataclass
-class Ledger:
-    """Wall seconds of a run, over all its parts that were saved, by what they went to."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.perf_counter)
-
-    def charge(self, what: str) -> None:
-        """Books the time since the last charge under `what`."""
-        now = time.perf_counter()
-        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._since
-        self._since = now
-
-
-def _check_rows(batch: Any, rows: int) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if leaf.shape[:1] != (rows,):
-            raise ValueError(
-                f"batch[{path_name(path)!r}] has the shape {leaf.shape}, but train.batch={rows}: `batches` must give "
-                "the whole global batch (common.data.prefetch_to_device joins it from every process's rows)"
-            )
 
 
 def train(
@@ -134,7 +54,7 @@ def train(
     meta: Mapping[str, Any],
     evals: Mapping[str, EvalFn] | None = None,
     evaluate_again: bool = False,
-    prepare: Prepare = AS_IT_IS,
+    program: Program = Program(),
 ) -> tuple[Any, dict[str, float]]:
     """Trains to `spec.steps` and returns (final state, ledger seconds of all parts).
 
@@ -145,7 +65,7 @@ def train(
       evals: name -> function of the state, run every `eval_every` steps and at the end, with Auto axes. One that
         fails leaves "<name>_failed" in the rows; a restart runs those that metrics.jsonl lacks at its first step.
       evaluate_again: they measure something else than before, so a restart repeats those at its first step.
-      prepare: makes a batch of what `batches` gives, inside the step (`common.train_step.make_dispatch`).
+      program: how the step becomes a program: what is done with a batch in it, the compiler's options, what follows.
 
     Raises:
       NonFiniteLoss: the state of the last good step is saved, and the message says where it happened.
@@ -155,7 +75,7 @@ def train(
         dispatches.
       ValueError: a batch has not `spec.batch` rows.
     """
-    loop = Loop(recipe, spec, mesh, batches, checkpointer, workdir, meta, evals or {}, prepare)
+    loop = Loop(recipe, spec, mesh, batches, checkpointer, workdir, meta, evals or {}, program)
     loop.start(open_writer, evaluate_again)
     with contextlib.closing(loop.writer), _ended(loop.data), jax.set_mesh(mesh), loop.guard:
         # THE ORDER IS FIXED: save, eval, next batch, dispatch, write the previous step's metrics, hooks. A save comes
@@ -166,12 +86,8 @@ def train(
             if _due(step, spec.save_every) and step != loop.first:
                 loop.save(step)
             if _due(step, spec.eval_every):
-                if failed := loop.evaluate(step):
-                    log.error("evaluation %s; training goes on", failed)
-                loop.leave_if_told(step)
-                loop.timed_from = time.perf_counter(), step
-            inputs = loop.next_inputs(step)
-            metrics = loop.dispatch(step, inputs)
+                loop.evaluate_and_go_on(step)
+            metrics = loop.dispatch(step, loop.next_inputs(step))
             loop.write_previous()
             loop.keep_pace(step, metrics)
         loop.finish()
@@ -193,7 +109,7 @@ class Loop:
     workdir: Path
     meta: Mapping[str, Any]
     evals: Mapping[str, EvalFn]
-    prepare: Prepare
+    program: Program
     ledger: Ledger = field(default_factory=Ledger)
     guard: PreemptionGuard = field(default_factory=PreemptionGuard)
     profile: ProfileWindow | None = None
@@ -224,19 +140,11 @@ class Loop:
         every = restored is None or evaluate_again
         left = self.evals if every else unrecorded(self.evals, self.workdir, self.first)
         self.at_first = {name: fn for name, fn in self.evals.items() if name in left}
-        self.step_fn = jax.jit(
-            make_dispatch(make_train_step(self.recipe, self.spec.accumulate)),
-            in_shardings=(sharding, batch_sharding(self.mesh), *[replicated(self.mesh)] * 2),
-            out_shardings=(sharding, replicated(self.mesh)),
-            donate_argnums=0,
-            compiler_options=compiler_options(),
-        )
+        self.step_fn = self.program.jit(self.recipe, self.spec.accumulate, self.mesh, sharding)
         if self.spec.profile_steps:
             begin = self.spec.profile_start
             self.profile = ProfileWindow(self.workdir, begin, begin + self.spec.profile_steps)
-        # Several virtual CPU devices share a thread pool, in which two steps' collectives can wait for each other forever.
-        one_by_one = jax.default_backend() == "cpu" and self.mesh.size > 1
-        self.most_in_flight = 0 if one_by_one else 2
+        self.most_in_flight = 0 if one_program_at_a_time(self.mesh) else 2
         self.plain = auto_mesh(self.mesh)  # for evaluations
         self.data = self.batches(self.first) if self.first < self.spec.steps else iter(())
         self.ledger.charge("start")
@@ -247,39 +155,30 @@ class Loop:
             check_fingerprint(saved.get("data", {}), self.meta.get("data", {}))
         except ValueError as error:
             raise ConfigError(f"{self.workdir}: {error}") from error
-        if self.first > self.spec.steps:
-            raise ConfigError(
-                f"{self.workdir} has trained {self.first} steps, more than train.steps={self.spec.steps}: raise it, or take "
-                "another workdir"
-            )
-        if self.first % (each := self.spec.steps_per_dispatch):
-            raise ConfigError(
-                f"{self.workdir} is at step {self.first}, which train.steps_per_dispatch={each} does not divide: set it to 1"
-            )
+        self.spec.check_restored(self.first, self.workdir)
 
     def next_inputs(self, step: int) -> tuple[dict, ...]:
         """What the dispatch of this step and those after it takes. With the first one, it is compiled."""
         inputs = tuple(next(self.data) for _ in range(self.spec.steps_per_dispatch))
         for batch in inputs:
-            _check_rows(batch, self.spec.batch)
+            self.spec.check_rows(batch)
         self.ledger.charge("input")
         if step == self.first:
             log.info("compiling the step (about a minute the first time) ...")
             before = self.ledger.seconds.get("compile", 0.0)
-            now = jnp.int32(step)
-            traced = self.step_fn.trace(self.state, inputs, now, self.prepare)
+            traced = self.step_fn.trace(self.state, inputs, jnp.int32(step), self.program.prepare)
             self.step_fn = traced.lower().compile()
             devices, steps = list(self.mesh.devices.flat), self.spec.steps_per_dispatch
             self.in_a_second = utilisation(traced.jaxpr.jaxpr, devices, seconds=steps)
-            set_fragments_aside()
+            self.program.after_compile()
             self.ledger.charge("compile")
             log.info("compiled in %.1f s", self.ledger.seconds["compile"] - before)
         return inputs
 
     def dispatch(self, step: int, inputs: tuple[dict, ...]) -> Metrics:
+        now, prepare = jnp.int32(step), self.program.prepare
         with annotate(step):
-            now = jnp.int32(step)
-            self.state, metrics = self.step_fn(self.state, inputs, now, self.prepare)
+            self.state, metrics = self.step_fn(self.state, inputs, now, prepare)
         return metrics
 
     def write_previous(self) -> None:
@@ -331,6 +230,13 @@ class Loop:
         self.ledger.charge("eval")
         return "; ".join(f"{name!r} at step {step} failed: {why}" for name, why in failed.items())
 
+    def evaluate_and_go_on(self, step: int) -> None:
+        """Evaluates between two steps, which the speed leaves out."""
+        if failed := self.evaluate(step):
+            log.error("evaluation %s; training goes on", failed)
+        self.leave_if_told(step)
+        self.timed_from = time.perf_counter(), step
+
     def save(self, step: int, wait: bool = False) -> None:
         self.settle(step)
         meta = {**self.meta, "seconds": dict(self.ledger.seconds)}
@@ -361,7 +267,7 @@ class Loop:
     def _stop_at_non_finite(self) -> None:
         step = int(self.state.step)  # the guarded step froze the state at the first bad step
         with jax.set_mesh(self.plain):
-            inputs = next(self.batches(step)), self.prepare
+            inputs = next(self.batches(step)), self.program.prepare
             state, (inputs, prepare) = moved_to(self.plain, (self.state, inputs))
             batch = jax.jit(lambda make, x: make(x))(prepare, inputs)
             where = diagnose(self.recipe, state, batch)

@@ -1,15 +1,17 @@
 """The jitted train step, the same for every recipe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from common.metrics import Metrics, mean, sum_metrics
 from common.recipe import Recipe
-from common.sharding import BATCH_AXES, path_name
+from common.sharding import BATCH_AXES, batch_sharding, path_name, replicated
 from common.state import TrainState
 
 Step = Callable[[TrainState, dict, jax.Array], tuple[TrainState, Metrics]]
@@ -102,6 +104,32 @@ def make_dispatch(step: Step) -> Callable[..., tuple[TrainState, Metrics]]:
         return jax.lax.scan(one, state, (jnp.arange(len(inputs)), stacked))
 
     return dispatch
+
+
+@dataclass(frozen=True)
+class Program:
+    """How the step becomes a program.
+
+    Attributes:
+      prepare: makes a batch of what the input pipeline gives, inside the program.
+      compiler_options: XLA's options by name; None for its defaults.
+      after_compile: called once, when the program is compiled.
+    """
+
+    prepare: Prepare = AS_IT_IS
+    compiler_options: Mapping[str, Any] | None = None
+    after_compile: Callable[[], object] = lambda: None
+
+    def jit(self, recipe: Recipe, accumulate: int, mesh: Mesh, sharding: TrainState) -> Any:
+        """`make_dispatch` of the recipe's step, jitted; the state, placed by `sharding`, is donated."""
+        one = replicated(mesh)
+        return jax.jit(
+            make_dispatch(make_train_step(recipe, accumulate)),
+            in_shardings=(sharding, batch_sharding(mesh), one, one),
+            out_shardings=(sharding, one),
+            donate_argnums=0,
+            compiler_options=dict(self.compiler_options or {}) or None,
+        )
 
 
 def _placed_like(params: Any, gradients: Callable) -> Callable:

@@ -20,7 +20,6 @@ from common.plots import NOT_CURVES, curves
 from common.writers import read_metrics
 
 KINDS = ("png", "pdf", "svg", "jpg", "jpeg", "webp", "tif", "tiff", "eps", "ps")  # that need no TeX
-_NAME = 16  # a longer name goes over several lines
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -52,10 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console = Console()
     print("last values")
-    for table in tables(runs, series, console.width):
-        console.print(table, crop=False)
+    Console().print(last_values(runs, series), crop=False)
     print(f"drew {picture}")
     return 0
 
@@ -132,45 +129,21 @@ def draw_comparison(runs: Mapping[str, Rows], series: Sequence[str], path: Path)
     curves(rows, path, groups)
 
 
-def tables(runs: Mapping[str, Rows], series: Sequence[str], width: int) -> list[Table]:
-    """The last value of each series in each run, in tables that fit into `width` columns.
+def last_values(runs: Mapping[str, Rows], series: Sequence[str]) -> Table:
+    """The last value of each series in each run: a part for each series, a row in it for each run.
 
-    A run is a row where that fits; else it is a column, and as many of them as fit make a table.
+    Numbers are never cut, however narrow the terminal: names go over several lines.
     """
-    names = ["step", *series]
-    by_run = [["run", *names]]
-    for run, rows in runs.items():
-        last = {key: row[key] for row in rows for key in names if key in row}
-        values = [f"{last.get(key, math.nan):.5g}" for key in series]
-        by_run.append([run, f"{last['step']:.0f}", *values])
-    if sum(map(_cost, zip(*by_run))) < width:
-        return [_table(list(zip(*by_run)), width)]
-    label, *columns = by_run
-    parts: list[list[Sequence[str]]] = []
-    for column in columns:
-        if not parts or sum(map(_cost, [label, *parts[-1], column])) >= width:
-            parts.append([])
-        parts[-1].append(column)
-    return [_table([label, *part], width) for part in parts]
-
-
-def _cost(column: Sequence[str]) -> int:
-    """Columns of the terminal for a column: numbers are never cut, names may go over several lines."""
-    return max(min(_NAME, len(column[0])), *map(len, column[1:])) + 3  # its padding and a border
-
-
-def _table(columns: Sequence[Sequence[str]], width: int) -> Table:
-    """Columns of cells, each with its head first; the first one holds names."""
-    shown = Table()
-    rest = width - 1 - sum(map(_cost, columns[1:]))
-    for i, column in enumerate(columns):
-        size = _cost(column) if i else max(_NAME, min(_cost(column), rest))
-        shown.add_column(
-            column[0], justify="right" if i else "left", width=size - 3, overflow="fold"
-        )
-    for cells in list(zip(*columns))[1:]:
-        shown.add_row(*map(escape, cells))
-    return shown
+    table = Table("series", "run")
+    table.columns[0].overflow = table.columns[1].overflow = "fold"
+    table.add_column("last", justify="right", no_wrap=True)
+    last = {run: {k: v for row in rows for k, v in row.items()} for run, rows in runs.items()}
+    for key in ["step", *series]:
+        for number, run in enumerate(runs):
+            value = f"{last[run].get(key, math.nan):{'.0f' if key == 'step' else '.5g'}}"
+            table.add_row("" if number else escape(key), escape(run), value)
+        table.add_section()
+    return table
 
 
 if __name__ == "__main__":

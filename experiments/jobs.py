@@ -28,20 +28,6 @@ JOBS = {
     "sinks_qa_stream": "experiments.sinks.tasks:run_qa_stream",
 }
 
-# The dataclass of a job's settings, of which its configs are made.
-SETTINGS = {
-    "jepa_pretrain": "experiments.jepa.settings:Settings",
-    "jepa_baselines": "experiments.jepa.settings:Settings",
-    "metaopt_grid": "experiments.metaopt.grid_job:Settings",
-    "metaopt_table1": "experiments.metaopt.table1:Settings",
-    "sinks_perplexity": "experiments.sinks.perplexity:Settings",
-    "sinks_speed": "experiments.sinks.speed:Settings",
-    "sinks_attention_map": "experiments.sinks.attention_map:Settings",
-    "sinks_streameval": "experiments.sinks.tasks:StreamEvalSettings",
-    "sinks_pretrain": "experiments.sinks.pretrain:Settings",
-    "sinks_qa_stream": "experiments.sinks.tasks:QASettings",
-}
-
 # Those that several processes can run as one; each process of another would do all of the work, and write its own rows.
 SEVERAL_PROCESSES = frozenset({"jepa_pretrain", "sinks_pretrain"})
 
@@ -88,8 +74,8 @@ def find(name: str) -> Callable[[Run], int]:
 
 def about(values: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Type and one line of every setting of a config's job, by its name; {} for a job that says nothing."""
-    known = SETTINGS.get(values.get("job", ""))
-    return describe(pkgutil.resolve_name(known)) if known else {}
+    known = values.get("job") in JOBS and getattr(find(values["job"]), "settings", None)
+    return describe(known) if known else {}
 
 
 def check_processes(name: str, processes: int) -> None:

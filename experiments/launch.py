@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 
 from common import distributed
 from common.config import ConfigError
-from common.host import keep_freed_memory
+from common.cpu_heap import keep_freed_memory
 from common.paths import check_local
 from experiments.shared import usage
 from experiments.shared.old_paths import renewed

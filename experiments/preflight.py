@@ -1,19 +1,21 @@
-"""Compiles a config's real train step for a TPU pod, without the pod.
+"""Compiles a config's real train step for a TPU pod, or for nodes with NVIDIA GPUs, without them.
 
   python -m experiments.preflight --config=experiments/jepa/configs/in1k_vith14.py --topology=v5e:16x16
+  python -m experiments.preflight --config=experiments/jepa/configs/in1k_vith14.py --topology=h100:8
   python -m experiments.preflight --all --topology=v5e:16x16       # the four released recipes; writes the table
   python -m experiments.preflight --all --missing                  # the same, without those that the table has
 
-Prints per-chip memory against the chip's HBM, FLOPs, the collectives by kind with their bytes, and whether it fits. The
-sharding rules stand or fall here. Needs the `tpu` extra (libtpu compiles on any x86 machine); takes minutes a
-recipe. Exit codes: 0 fits, 1 does not fit or does not compile, 2 a setting is wrong.
+Prints per-chip memory against the chip's HBM, FLOPs, the collectives by kind with their bytes, the custom calls (such as
+cuDNN's attention), and whether it fits. The sharding rules stand or fall here. Needs the `preflight` extra (libtpu and
+JAX's CUDA plugin compile on any x86 machine); takes minutes a recipe. For GPUs, products are compiled without autotuning.
+Exit codes: 0 fits, 1 does not fit or does not compile, 2 a setting is wrong.
 """
 
 import argparse
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -24,8 +26,9 @@ from typing import Any
 
 from experiments.shared.old_paths import renewed
 from experiments.shared.old_settings import as_before
+from experiments.shared.topologies import COMPILER_OPTIONS, HBM_GIB, KINDS, compiler, topology_chips
 
-# This process compiles for TPUs and runs nothing: the CPU is its only device, and no cloud is asked about a TPU.
+# This process compiles for other chips and runs nothing: the CPU is its only device, and no cloud is asked about a TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # It drives no chip, so a training run at the same time may hold libtpu's lock.
@@ -34,10 +37,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 RELEASED = ("in1k_vith14", "in1k_vith16_448", "in22k_vith14", "in22k_vitg16")
 TABLE = Path(__file__).parent / "results" / "jepa" / "preflight.json"
-KINDS = {"v4": "TPU v4", "v5e": "TPU v5e", "v5p": "TPU v5", "v6e": "TPU v6"}  # as JAX calls them
-HBM_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # per chip, as Google documents them
-# A v4 chip's two cores are one device, as on a real pod; libtpu's default for this topology alone is a device each.
-CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}  # fmt: skip
 
@@ -51,7 +50,8 @@ class Report:
       flops: of the whole step, all chips, matrix products only.
       collectives: kind -> (count, GiB moved through one chip), loops counted in full.
       seconds_at_peak: FLOPs over the pod's bf16 peak: the least time a step can take.
-      config_hash: the whole config's. libtpu: the compiler's version. Both are "" in older rows.
+      custom_calls: target -> count, loops counted in full; Triton's fusions are among them.
+      config_hash: the whole config's. compiler: the installed ones and their versions. Both are "" in older rows.
     """
 
     config: str
@@ -66,8 +66,9 @@ class Report:
     seconds_at_peak: float
     collectives: dict[str, tuple[int, float]]
     compile_seconds: float
+    custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     config_hash: str = ""
-    libtpu: str = ""
+    compiler: str = ""
 
     @property
     def fits(self) -> bool:
@@ -75,10 +76,10 @@ class Report:
 
 
 def check(config: dict[str, Any], topology: str) -> Report:
-    """Compiles the train step of a "jepa_pretrain" config for a topology such as "v5e:16x16".
+    """Compiles the train step of a "jepa_pretrain" config for a topology such as "v5e:16x16" or "h100:8".
 
     Raises:
-      ConfigError: a setting, the topology or the mesh is wrong, or the `tpu` extra is missing.
+      ConfigError: a setting, the topology or the mesh is wrong, or the `preflight` extra is missing.
     """
     import jax
     import jax.numpy as jnp
@@ -94,11 +95,9 @@ def check(config: dict[str, Any], topology: str) -> Report:
 
     chip, devices = topology_chips(topology)
     settings = resolve(config)
-    # On a TPU the depth loop is a loop; None would look at this process's CPU.
-    policy = dataclasses.replace(settings.recipe.policy, unroll=settings.policy.unroll or 1)
-    recipe = dataclasses.replace(settings.recipe, policy=policy)
     try:
         mesh = make_mesh(settings.mesh, devices)
+        recipe = settings.on(mesh).recipe
         abstract, sharding = state_shardings(recipe, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -112,12 +111,13 @@ def check(config: dict[str, Any], topology: str) -> Report:
         compiled = (
             jax.jit(step, out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
             .lower(state, batch, expected)
-            .compile()
+            .compile(COMPILER_OPTIONS.get(chip))
         )
         flops = traced_flops(step, state, batch, expected)
     seconds = time.perf_counter() - began
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and hlo is not None  # a TPU's compiler gives both
+    assert memory is not None and hlo is not None  # these compilers give both
+    counts = count_calls(hlo)
     return Report(
         config=settings.name,
         topology=topology,
@@ -129,60 +129,25 @@ def check(config: dict[str, Any], topology: str) -> Report:
         hbm_gib=HBM_GIB[chip],
         flops=flops,
         seconds_at_peak=flops / (PEAK_FLOPS[KINDS[chip]] * len(devices)),
-        collectives=count_collectives(hlo),
+        collectives={kind: n for kind, n in counts.items() if kind in COLLECTIVES},
         compile_seconds=seconds,
+        custom_calls={name: n for name, (n, _) in counts.items() if name not in COLLECTIVES},
         config_hash=config_hash(as_before(config)),
-        libtpu=importlib.metadata.version("libtpu"),
+        compiler=compiler(chip),
     )  # fmt: skip
 
 
-def topology_chips(topology: str) -> tuple[str, list[Any]]:
-    """The kind of chip, such as "v5e", and one device for each chip of a topology such as "v5e:16x16".
+def count_calls(hlo: str) -> dict[str, tuple[int, float]]:
+    """What an optimised HLO module calls: kind -> (count, GiB of results), loop bodies times their trip counts.
 
-    Raises:
-      ConfigError: there is no such topology, or the `tpu` extra is missing.
-    """
-    from jax.experimental import topologies
-
-    from common.config import ConfigError
-
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "preflight compiles with libtpu, which is not installed here: `make preflight` makes an environment that has it "
-            "(.venv-tpu/bin/python -m experiments.preflight ...), or pip install '.[tpu]'"
-        )
-    chip, _, grid = topology.partition(":")
-    if chip not in HBM_GIB:
-        raise ConfigError(
-            f"--topology={topology}: chip {chip!r} is unknown; known: {', '.join(HBM_GIB)}"
-        )
-    options: dict[str, Any] = dict(CHIP_CONFIG.get(chip, {}))
-    if set(grid) <= set("1x"):  # libtpu takes a host to have four chips
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    _tell_libtpu_its_machine()
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    except Exception as error:
-        raise ConfigError(f"--topology={topology}: {' '.join(str(error).split())}") from error
-    return chip, list(described.devices)
-
-
-def _tell_libtpu_its_machine() -> None:
-    """libtpu asks, and prints errors where nothing answers; the topology alone says what is compiled for."""
-    machine = {"ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}
-    for name, value in machine.items():
-        os.environ.setdefault(f"TPU_{name}", value)
-
-
-def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:
-    """Collectives of an optimised HLO module: kind -> (count, GiB of results), loop bodies times their trip counts.
+    Kinds are those of collectives, the targets of custom calls, and Triton's kinds of fusions; the last two with 0 GiB.
 
     The TPU compiler splits an asynchronous collective over several fusions, all with its channel: a channel counts once.
     """
     found: dict[str, list[tuple[str, str, float]]] = {}  # computation -> [(kind, channel, bytes)]
     calls: dict[
-        str, list[tuple[str, str]]
-    ] = {}  # computation -> [(called, condition of the loop or "")]
+        str, list[tuple[str, str, int]]
+    ] = {}  # computation -> [(called, condition of the loop or "", its trip count if known)]
     bounds: dict[str, int] = defaultdict(lambda: 1)  # computation -> largest integer constant in it
     entry, name = "", ""
     for line in hlo.splitlines():
@@ -196,20 +161,24 @@ def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else collective[2]
             size = _result_bytes(collective[1], start=bool(collective[3]))
             found[name].append((kind, channel[1] if channel else line, size))
+        elif call := re.search(r'custom_call_target="([^"]+)"|"kind":"(__triton\w*)"', line):
+            found[name].append((call[1] or call[2], line, 0.0))
         if constant := re.search(r"s32\[\][^=]* constant\((\d+)\)", line):
             bounds[name] = max(bounds[name], int(constant[1]))
         condition = re.search(r"condition=%?([\w.\-]+)", line)
+        turns = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
         for kind, called in re.findall(
             r"(body|to_apply|calls|called_computation)=%?([\w.\-]+)", line
         ):
-            calls[name].append((called, condition[1] if condition and kind == "body" else ""))
+            looped = condition[1] if condition and kind == "body" else ""
+            calls[name].append((called, looped, int(turns[1]) if turns else 0))
     runs: dict[tuple[str, str], tuple[int, float]] = {}  # (kind, channel) -> (times, bytes each)
 
     def visit(computation: str, times: int) -> None:
         for kind, channel, size in found.get(computation, []):
             runs[kind, channel] = max(runs.get((kind, channel), (0, 0.0)), (times, size))
-        for called, condition in calls.get(computation, []):
-            visit(called, times * bounds[condition] if condition else times)
+        for called, condition, turns in calls.get(computation, []):
+            visit(called, times * (turns or bounds[condition]) if condition else times)
 
     visit(entry, 1)
     total: dict[str, tuple[int, float]] = {}
@@ -221,13 +190,16 @@ def count_collectives(hlo: str) -> dict[str, tuple[int, float]]:
 
 def _result_bytes(shapes: str, start: bool) -> float:
     """Bytes of an instruction's results. An asynchronous start also lists its operands: the larger half is the result."""
-    sizes = []
-    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-        size = float(BYTES.get(kind, 4))
-        for dim in filter(None, dims.split(",")):
-            size *= int(dim)
-        sizes.append(size)
-    return max(sizes, default=0.0) if start else sum(sizes)
+    groups = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shapes).split(
+        ")"
+    )  # operands and results of several arrays are tuples
+    sizes = [[_bytes(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", g)] for g in groups]
+    halves = [sum(half) for half in sizes] if shapes.startswith("((") else sizes[0]
+    return max(halves, default=0.0) if start else sum(sum(half) for half in sizes)
+
+
+def _bytes(kind: str, dims: str) -> float:
+    return BYTES.get(kind, 4) * math.prod(int(dim) for dim in filter(None, dims.split(",")))
 
 
 def describe(r: Report) -> str:
@@ -243,6 +215,10 @@ def describe(r: Report) -> str:
         f"  {kind:16s} {count:5d} per step, {size:8.2f} GiB through a chip"
         for kind, (count, size) in r.collectives.items()
     ]
+    if r.custom_calls:
+        lines.append(
+            "  custom calls     " + ", ".join(f"{n} {k}" for k, n in r.custom_calls.items())
+        )
     return "\n".join([*lines, f"  compiled in {r.compile_seconds:.0f} s"])
 
 
@@ -270,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
         "--all", action="store_true", help="the four released recipes; writes the committed table"
     )
     parser.add_argument(
-        "--topology", default="v5e:16x16", help="chip:grid, e.g. v5e:16x16, v4:4x4x8, v6e:16x16"
+        "--topology",
+        default="v5e:16x16",
+        help="chip:grid, e.g. v5e:16x16, v4:4x4x8, v6e:16x16; or GPUs, nodes by GPUs: h100:8, h100:4x8",
     )
     parser.add_argument(
         "--missing",

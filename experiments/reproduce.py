@@ -19,8 +19,8 @@ import time
 import warnings
 from pathlib import Path
 
+from common.cpu_heap import keep_freed_memory
 from common.distributed import EXIT_PREEMPTED
-from common.host import keep_freed_memory
 from common.paths import check_local
 from experiments.shared.stopping import interrupted, leave
 

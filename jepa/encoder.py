@@ -9,11 +9,11 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
-from common.nn.cpu import in_groups
+from common.nn import ops
 from common.nn.embed import PatchEmbed, sincos_2d
 from common.nn.layers import Block, LayerNorm, Wanted
 from common.nn.module import Module, Params, define, init_stack, scan_stack
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from jepa.config import ViTConfig
 
 
@@ -30,7 +30,7 @@ class Encoder:
         return {
             "patch": define(lambda rngs: PatchEmbed(c.patch, c.channels, c.width, policy, rngs)),
             "block": define(lambda rngs: Block(c.width, c.heads, c.hidden, policy, rngs)),
-            "norm": define(lambda rngs: LayerNorm(c.width, rngs=rngs)),
+            "norm": define(lambda rngs: LayerNorm(c.width, policy, rngs)),
         }
 
     def init(self, key: jax.Array) -> Params:
@@ -62,31 +62,28 @@ class Encoder:
         params: Params,
         x_BHWC: jax.Array,
         keep_BK: jax.Array | None = None,
-        valid_BK: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
         wanted_BK: jax.Array | None = None,
     ) -> jax.Array:
         """Encodes normalised images [B, H, W, C] to tokens [B, N, D], or [B, K, D] when only `keep_BK` is kept.
 
-        Dropped tokens leave before they are embedded, so they never enter attention. `valid_BK` marks padding (False) in
-        `keep_BK`: nothing attends to it. `wanted_BK`: of the tokens that are encoded, the ones to return; the last block
-        computes only these.
+        Dropped tokens leave before they are embedded, so they never enter attention. `lengths_B`: how many of `keep_BK`
+        there are; nothing attends to the padding after them. `wanted_BK`: of the tokens that are encoded, the ones to
+        return; the last block computes only these.
         """
         x_BND = self.embed(params, x_BHWC, keep_BK)
-        x_BND = self._run(params["blocks"], x_BND, valid_BK, wanted_BK)
+        x_BND = self._run(params["blocks"], x_BND, lengths_B, wanted_BK)
         return self._parts["norm"](params["norm"], x_BND)
 
-    def constant(
+    def frozen(
         self, params: Params, x_BHWC: jax.Array, wanted_BK: jax.Array | None = None
     ) -> jax.Array:
-        """All tokens [B, N, D], or those wanted [B, K, D], seen in the whole image, as constants: no gradient flows
-        through them. Takes few images at a time on CPU."""
+        """All tokens [B, N, D], or those wanted [B, K, D], seen in the whole image. No gradient flows through them."""
 
-        def encode(images):
-            x_BHWC, wanted_BK = images
+        def encode(x_BHWC, wanted_BK):
             return self(params, x_BHWC, wanted_BK=wanted_BK)
 
-        largest = 4 * self.config.tokens * self.config.hidden
-        return jax.lax.stop_gradient(in_groups(encode, (x_BHWC, wanted_BK), largest))
+        return jax.lax.stop_gradient(ops.each_example(self.policy, encode, x_BHWC, wanted_BK))
 
     def layers(self, params: Params, x_BHWC: jax.Array, last: int = 4) -> jax.Array:
         """The outputs of the last `last` blocks, each through the final norm: [last, B, N, D]. Probes read these."""
@@ -106,17 +103,17 @@ class Encoder:
         self,
         blocks: Params,
         x_BND: jax.Array,
-        valid_BN: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
         wanted_BK: jax.Array | None = None,
     ) -> jax.Array:
-        return run_blocks(self._parts["block"], blocks, x_BND, valid_BN, self.policy, wanted_BK)
+        return run_blocks(self._parts["block"], blocks, x_BND, lengths_B, self.policy, wanted_BK)
 
 
 def run_blocks(
     block: Module,
     stacked: Params,
     x_BND: jax.Array,
-    valid_BN: jax.Array | None,
+    lengths_B: jax.Array | None,
     policy: Policy,
     wanted: Wanted = None,
 ) -> jax.Array:
@@ -128,7 +125,7 @@ def run_blocks(
 
     def run(stacked: Params, x_BND: jax.Array, wanted: Wanted) -> jax.Array:
         return scan_stack(
-            lambda p, x: policy.constrain(block(p, x, valid_BN, wanted)),
+            lambda p, x: policy.constrain(block(p, x, lengths_B, wanted)),
             stacked,
             x_BND,
             unroll=policy.blocks_per_turn(depth),

@@ -39,7 +39,7 @@ def extract(
     image: str = "image",
     weight: str = "weight",
     to_host: Callable[[Any], np.ndarray] = np.asarray,
-    rows: int = 0,
+    rows: int,
     progress: Progress | None = None,
 ) -> Features:
     """Runs the encoder over a split and averages its tokens, in float32.
@@ -51,15 +51,27 @@ def extract(
         padding and are dropped. Images are as the encoder takes them, without augmentation.
       to_host: brings [B, ...] to this process. Where processes hold different rows, pass
         `functools.partial(multihost_utils.process_allgather, tiled=True)`.
-      rows: how many images there are at most. Features are then written in place; otherwise they are
-        joined at the end, which takes their memory twice.
+      rows: how many images there are at most. Features are written in place: joining them at the end
+        would take their memory twice.
+
+    Raises:
+      ValueError: there are no batches, or more images than `rows`.
     """
-    table, in_flight = _Table(rows), []
+    columns: list[np.ndarray] = []
+    filled, in_flight = 0, []
 
     def collect(pooled, batch):
+        nonlocal columns, filled
         real = np.asarray(to_host(batch[weight])) > 0 if weight in batch else slice(None)
         arrays = (*pooled, *(batch[name] for name in labels))
-        table.add([np.asarray(to_host(array))[real] for array in arrays])
+        block = [np.asarray(to_host(array))[real] for array in arrays]
+        columns = columns or [np.empty((rows, *x.shape[1:]), x.dtype) for x in block]
+        end = filled + len(block[0])
+        if end > rows:
+            raise ValueError(f"rows={rows}, but there are {end} or more")
+        for column, x in zip(columns, block):
+            column[filled:end] = x
+        filled = end
 
     for i, batch in enumerate(batches, start=1):
         in_flight.append((_pool(*encode(batch[image])), batch))
@@ -70,35 +82,8 @@ def extract(
     if not in_flight:
         raise ValueError("extract was given no batches: is the split empty?")
     collect(*in_flight.pop())
-    last, last4, *columns = table.columns()
-    return Features(last, last4, {k: v.astype(np.int32) for k, v in zip(labels, columns)})
-
-
-class _Table:
-    """Equally long columns that grow by blocks of rows."""
-
-    def __init__(self, rows: int):
-        self._rows, self._filled = rows, 0
-        self._blocks: list[list[np.ndarray]] = []  # where `rows` is 0
-        self._whole: list[np.ndarray] = []
-
-    def add(self, block: list[np.ndarray]) -> None:
-        if not self._rows:
-            self._blocks.append(block)
-            return
-        if not self._whole:
-            self._whole = [np.empty((self._rows, *x.shape[1:]), x.dtype) for x in block]
-        end = self._filled + len(block[0])
-        if end > self._rows:
-            raise ValueError(f"rows={self._rows}, but there are {end} or more")
-        for column, x in zip(self._whole, block):
-            column[self._filled : end] = x
-        self._filled = end
-
-    def columns(self) -> list[np.ndarray]:
-        if self._rows:
-            return [column[: self._filled] for column in self._whole]
-        return [np.concatenate(column) for column in zip(*self._blocks)]
+    last, last4, *found = (column[:filled] for column in columns)
+    return Features(last, last4, {k: v.astype(np.int32) for k, v in zip(labels, found)})
 
 
 def labelled(features: Features, name: str) -> tuple[Features, np.ndarray]:

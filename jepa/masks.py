@@ -209,7 +209,7 @@ def draw_fixed(spec: MaskSpec, uniforms: Callable[[int], Array]) -> tuple[Array,
     target_hw = _fixed_size(spec.grid, spec.target_scale, spec.target_aspect, u[:, :m])
     context_hw = _fixed_size(spec.grid, spec.context_scale, (1.0, 1.0), u[:, m:])
     hw = u.__array_namespace__().concatenate([target_hw, context_hw], 1)
-    blocks = _place(hw, np.array(spec.grid) - hw + 1, u[..., 3:])
+    blocks = _place(hw, np.array([[spec.grid]]) - hw + 1, u[..., 3:])
     covered = _cover(spec.grid, blocks)
     return blocks[:, :m], covered[:, m] & ~covered[:, :m].any(1)
 
@@ -360,10 +360,10 @@ def _place(hw: Array, starts: Array, u: Array) -> Array:
 def _cover(grid: Grid, blocks: Array) -> Array:
     """The patches of rectangles [B, M, 4] as bool [B, M, N]."""
     top, left, h, w = (blocks[..., side, None] for side in range(4))
-    y, x = (np.arange(side, dtype=np.int32) for side in grid)
+    y, x = (np.arange(side, dtype=np.int32)[None, None] for side in grid)
     in_rows, in_cols = (y >= top) & (y < top + h), (x >= left) & (x < left + w)
     covered = in_rows[..., :, None] & in_cols[..., None, :]
-    return covered.reshape(*blocks.shape[:-1], len(y) * len(x))
+    return covered.reshape(*blocks.shape[:-1], y.size * x.size)
 
 
 def block_indices(spec: MaskSpec, blocks: Array) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from common.augment import normalize
 from common.metrics import Metrics, mean
-from common.nn.cpu import sum_in_groups
+from common.nn import ops
 from common.nn.layers import take_tokens
 from common.nn.module import Params
 from jepa.encoder import Encoder
@@ -73,14 +73,14 @@ def ijepa_loss(
     B, M, T = batch["targets"].shape
     blocks_BK = batch["targets"].reshape(B, M * T)
     if spec.center or spec.vicreg:  # these take all tokens
-        h_BND = encoder.constant(target_params, images)
+        h_BND = encoder.frozen(target_params, images)
         h_BKD = take_tokens(h_BND - h_BND.mean(0) if spec.center else h_BND, blocks_BK)
     else:
-        h_BKD = encoder.constant(target_params, images, blocks_BK)
+        h_BKD = encoder.frozen(target_params, images, blocks_BK)
     target_BMTD = feature_norm(h_BKD).reshape(B, M, T, -1)
 
     # 2. Context: the online encoder sees only the context tokens.
-    z_BCD = encoder(params["encoder"], images, batch["context"], context_valid)
+    z_BCD = encoder(params["encoder"], images, batch["context"], lengths(context_valid))
 
     # 3. Prediction of every block, and the mean distance over valid tokens and features.
     loss = prediction_error(predictor, spec, params["predictor"], z_BCD, target_BMTD, batch, key)
@@ -109,26 +109,29 @@ def prediction_error(
     key: jax.Array | None,
 ) -> jax.Array:
     """The mean distance of all predictions from their targets; `params` are the predictor's."""
-    B, M, T = batch["targets"].shape
-    context_valid, target_valid = batch.get("context_valid"), batch.get("target_valid")
 
-    def error_sum(params, z_BCD, given):
-        target_BMTD, valid_BMT, *inputs = given
-        error_BMTD = distance(predictor(params, z_BCD, *inputs) - target_BMTD, spec.distance)
-        return error_BMTD.mean(-1).sum(where=valid_BMT)
+    def errors(params, z_BCD, given):
+        target_BMTD, batch, noise_BMTD = given
+        prediction_BMTD = predictor(
+            params,
+            z_BCD,
+            batch["context"],
+            batch["targets"],
+            lengths(batch.get("context_valid")),
+            lengths(batch.get("target_valid")),
+            noise_BMTD,
+        )
+        return distance(prediction_BMTD - target_BMTD, spec.distance).mean(-1)
 
-    given = (
-        target_BMTD,
-        target_valid,
-        batch["context"],
-        batch["targets"],
-        context_valid,
-        target_valid,
-        predictor.noise(key, batch["targets"]),
-    )
-    largest = 4 * M * (z_BCD.shape[1] + T) * predictor.hidden
-    error = sum_in_groups(error_sum, params, z_BCD, given, largest)
-    return error / (B * M * T if target_valid is None else jnp.maximum(target_valid.sum(), 1))
+    masks = {name: value for name, value in batch.items() if name != "image"}
+    given = target_BMTD, masks, predictor.noise(key, batch["targets"])
+    valid_BMT = batch.get("target_valid")
+    return ops.mean_over_examples(predictor.policy, errors, params, z_BCD, given, valid_BMT)
+
+
+def lengths(valid: jax.Array | None) -> jax.Array | None:
+    """How many tokens there are before the padding [...], of bool [..., K]; None: no padding."""
+    return None if valid is None else valid.sum(-1, dtype=jnp.int32)
 
 
 def feature_norm(x: jax.Array, eps: float = 1e-5) -> jax.Array:

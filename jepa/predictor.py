@@ -9,10 +9,11 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 
+from common.nn import ops
 from common.nn.embed import sincos_2d
-from common.nn.layers import INIT, Block, LayerNorm, Linear
+from common.nn.layers import INIT, Block, LayerNorm, Linear, Wanted, take_tokens
 from common.nn.module import Module, Params, define, init_stack
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from jepa.config import ViTConfig
 from jepa.encoder import rescale_by_depth, run_blocks
 
@@ -30,19 +31,14 @@ class Predictor:
     policy: Policy = Policy()
     position_noise: float = 0.0
 
-    @property
-    def hidden(self) -> int:
-        """The width of the MLPs' hidden layer."""
-        return 4 * self.config.predictor_width
-
     @cached_property
     def _parts(self) -> dict[str, Module]:
         c, policy = self.config, self.policy
-        heads, hidden = c.predictor_heads or c.heads, self.hidden
+        heads, hidden = c.predictor_heads or c.heads, 4 * c.predictor_width
         return {
             "embed": define(lambda rngs: Linear(c.width, c.predictor_width, policy, rngs)),
             "block": define(lambda rngs: Block(c.predictor_width, heads, hidden, policy, rngs)),
-            "norm": define(lambda rngs: LayerNorm(c.predictor_width, rngs=rngs)),
+            "norm": define(lambda rngs: LayerNorm(c.predictor_width, policy, rngs)),
             "proj": define(lambda rngs: Linear(c.predictor_width, c.width, policy, rngs)),
         }
 
@@ -64,8 +60,8 @@ class Predictor:
         z_BCD: jax.Array,
         context_BC: jax.Array,
         targets_BMT: jax.Array,
-        context_valid_BC: jax.Array | None = None,
-        target_valid_BMT: jax.Array | None = None,
+        context_lengths_B: jax.Array | None = None,
+        target_lengths_BM: jax.Array | None = None,
         noise_BMTD: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts the targets' features from encoded context.
@@ -73,7 +69,7 @@ class Predictor:
         Args:
           z_BCD: the encoder's context tokens; context_BC their grid indices.
           targets_BMT: grid indices of the M target blocks.
-          context_valid_BC, target_valid_BMT: False marks padding, which nothing attends to. None: no padding.
+          context_lengths_B, target_lengths_BM: how many of these there are; the rest is padding. None: no padding.
           noise_BMTD: StoP's noise (see `noise`); None turns it off.
 
         Returns:
@@ -84,12 +80,15 @@ class Predictor:
         context_BCP = self._parts["embed"](params["embed"], z_BCD) + position_NP[context_BC]
         masks_BMTP = params["mask_token"] + position_NP[targets_BMT]
         if noise_BMTD is not None:
-            masks_BMTP += self.policy.dense(noise_BMTD, params["embed"]["kernel"])
+            masks_BMTP += ops.dense(self.policy, noise_BMTD, params["embed"]["kernel"])
 
         context_BMCP = jnp.broadcast_to(context_BCP[:, None], (B, M, C, P))
         x = jnp.concatenate([context_BMCP, masks_BMTP], axis=2).reshape(B * M, C + T, P)
-        valid = _joint_validity(context_valid_BC, target_valid_BMT, B, M, C, T)
-        x = run_blocks(self._parts["block"], params["blocks"], x, valid, self.policy, wanted=T)
+        order, lengths, targets = _without_gap(context_lengths_B, target_lengths_BM, (B, M, C, T))
+        x = take_tokens(x, order)
+        x = run_blocks(
+            self._parts["block"], params["blocks"], x, lengths, self.policy, wanted=targets
+        )
         x = self._parts["norm"](params["norm"], x)
         return self._parts["proj"](params["proj"], x).reshape(B, M, T, -1)
 
@@ -100,12 +99,21 @@ class Predictor:
         return self.position_noise * jax.random.normal(key, (*targets_BMT.shape, self.config.width))
 
 
-def _joint_validity(context_valid_BC, target_valid_BMT, B, M, C, T) -> jax.Array | None:
-    """Key validity [B * M, C + T] of the joined sequences, or None when nothing is padded."""
-    if context_valid_BC is None and target_valid_BMT is None:
-        return None
-    context = True if context_valid_BC is None else context_valid_BC[:, None, :]
-    targets = True if target_valid_BMT is None else target_valid_BMT
-    return jnp.concatenate(
-        [jnp.broadcast_to(context, (B, M, C)), jnp.broadcast_to(targets, (B, M, T))], axis=2
-    ).reshape(B * M, C + T)
+def _without_gap(
+    context_lengths_B: jax.Array | None,
+    target_lengths_BM: jax.Array | None,
+    sizes: tuple[int, int, int, int],
+) -> tuple[jax.Array | None, jax.Array | None, Wanted]:
+    """How the joined sequences [B * M, C + T] keep all padding at the end: the order of their tokens (None: as they are),
+    how many come before the padding (None: all), and where the targets then are."""
+    B, M, C, T = sizes
+    if context_lengths_B is None:
+        lengths = None if target_lengths_BM is None else C + target_lengths_BM.reshape(-1)
+        return None, lengths, T
+    begin = jnp.repeat(context_lengths_B, M)[:, None]  # of the targets
+    place = jnp.arange(C + T)[None]
+    order = jnp.where(
+        place < begin, place, jnp.where(place < begin + T, place - begin + C, place - T)
+    )
+    lengths = T if target_lengths_BM is None else target_lengths_BM.reshape(-1, 1)
+    return order, (begin + lengths)[:, 0], begin + jnp.arange(T)[None]

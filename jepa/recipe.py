@@ -11,7 +11,7 @@ import optax
 
 from common.metrics import Metrics
 from common.nn.layers import LOGICAL_AXES
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from common.optim import Log
 from common.schedules import Schedule, linear
 from common.sharding import logical_axes

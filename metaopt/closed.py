@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from optax import Params
 
+from metaopt.ops import kept
 from metaopt.rule import Rule, Values, real
 
 H = Mapping[str, Any]  # keyword -> value, of one array
@@ -71,10 +72,9 @@ def _adam(h: H, names, leaf: H, g, w, decays) -> dict[str, jax.Array]:
     if decays is not None:  # there are parameters
         least = near_one(w.dtype) / 2
         left = jnp.where(jnp.abs(left) < least, jnp.copysign(least, left), left)
-    grow = 1 / left
-    scalars = 1 / (1 - b1**t), 1 / (1 - b2**t), b1 ** (t - 1), b2 ** (t - 1), grow
-    # Without the barrier XLA's CPU compiler computes the powers again for every element.
-    i1, i2, p1, p2, grow = jax.lax.optimization_barrier(scalars)
+    i1, i2, p1, p2, grow = kept(
+        (1 / (1 - b1**t), 1 / (1 - b2**t), b1 ** (t - 1), b2 ** (t - 1), 1 / left)
+    )
     mh, vh = leaf["m"] * i1, leaf["v"] * i2
     S = jnp.sqrt(vh + h["eps_root"])
     D = S + h["eps"]

@@ -219,10 +219,11 @@ def normalized(guards: Guards, state: GuardState, signals: Values) -> tuple[Valu
     )
     # Until the first signal that is not zero there is nothing to average.
     seen = jnp.where(any_nonzero(square), state.seen + 1, 0)
-    correction = 1 - RMS_DECAY ** jnp.maximum(seen, 1)
+    decay = jnp.asarray(RMS_DECAY, jnp.result_type(*square.values()))
+    correction = 1 - jax.lax.pow(decay, jnp.maximum(seen, 1))
 
     def divided(h, s):
-        s = s / correction.astype(s.dtype)
+        s = s / correction
         # One signal alone has nothing to be large or small against: Adam's first one for b2 is rounding noise.
         known = (s > 0) & (seen > 1)
         return jnp.clip(jnp.where(known, h * jax.lax.rsqrt(jnp.where(known, s, 1)), 0), -1, 1)

@@ -104,7 +104,7 @@ class Learn:
         """
         assert self.bijector
         if self.schedule is not None:
-            now, after = (jnp.asarray(self.schedule(c), value.dtype) for c in (count, count + 1))
+            now, after = (self._factor(c, value.dtype) for c in (count, count + 1))
             value = value / jnp.where(now == 0, after, now)
         return self.bijector.inverse(value, jnp)
 
@@ -112,7 +112,11 @@ class Learn:
         """The value in natural units at update number `count`, the schedule's factor included."""
         assert self.bijector
         value = self.bijector.forward(raw)
-        return value if self.schedule is None else value * self.schedule(count)
+        return value if self.schedule is None else value * self._factor(count, value.dtype)
+
+    def _factor(self, count: jax.Array, dtype: Any) -> jax.Array:
+        assert self.schedule
+        return jnp.asarray(lenient(self.schedule)(count), dtype)
 
 
 def learn(
@@ -155,6 +159,16 @@ def learn(
     if schedule is not None and not callable(schedule):
         raise TypeError(f"schedule={schedule!r} is not a function of the update count")
     return Learn(init, bijector, scope, bounds, schedule)
+
+
+def lenient(f: Callable) -> Callable:
+    """`f` under jax's standard promotion of types, whatever the program around it has set: optax counts on it."""
+
+    def standard(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return f(*args, **kwargs)
+
+    return standard
 
 
 def _number(init: Any) -> float:

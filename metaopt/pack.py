@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from optax import Params, Updates
 
+from metaopt.learn import lenient
+
 Leaves = tuple[tuple[str, tuple[int, ...]], ...]
 
 
@@ -121,12 +123,12 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Params) -> Packed:
-        return pack(tx.init(params))
+        return pack(lenient(tx.init)(params))
 
     def update(
         updates: Updates, state: Any, params: Params | None = None, **extra: Any
     ) -> tuple[Updates, Packed]:
-        updates, new = tx.update(updates, state.unpack(), params, **extra)
+        updates, new = lenient(tx.update)(updates, state.unpack(), params, **extra)
         return updates, pack(new)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax import OptState, Params, Updates
 
-from metaopt.learn import Learn
+from metaopt.learn import Learn, lenient
+from metaopt.ops import kept
 
 Values = dict[str, jax.Array]  # keyword -> its value: f[], or f[G] with one entry for each group
 # The same without names, in their alphabetical order. In states, names belong to the values alone, so that
@@ -86,7 +87,7 @@ class Rule:
 
     def dtype(self, tree: Params) -> Any:
         """The type of hyperparameters: float64 next to float64 parameters, else float32. Always real."""
-        return jnp.result_type(jnp.float32, *(real(x.dtype) for x in jax.tree.leaves(tree)))
+        return wide(*(real(x.dtype) for x in jax.tree.leaves(tree)))
 
     def init_raw(self, params: Params) -> Values:
         n, _ = self.groups(params)
@@ -98,9 +99,7 @@ class Rule:
         }
 
     def values(self, raw: Values, count: jax.Array) -> Values:
-        values = {name: spec.value(raw[name], count) for name, spec in self.learned.items()}
-        # Without the barrier XLA's CPU compiler computes exp(raw) again for every element of the model.
-        return jax.lax.optimization_barrier(values)
+        return kept({name: spec.value(raw[name], count) for name, spec in self.learned.items()})
 
     def by_hand(
         self, raw: Values, values: Values, used: Values, count: jax.Array
@@ -139,8 +138,7 @@ class Rule:
         """(updates, new state), of the types that plain optax gives them."""
 
         def updated(values: Mapping[str, Any]) -> tuple[Updates, OptState]:
-            update = optax.with_extra_args_support(self.built(values)).update
-            updates, new = update(grads, state, params, **extra)
+            updates, new = self.built(values).update(grads, state, params, **extra)
             return _cast_like(updates, grads), _cast_like(new, state)
 
         n, group = self.groups(grads)
@@ -162,14 +160,21 @@ class Rule:
         updates = jax.tree.map(pick, group_tree, *(u for u, _ in results))
         return updates, jax.tree.map(pick, group_of_state, *(s for _, s in results))
 
-    def built(self, values: Mapping[str, Any]) -> optax.GradientTransformation:
-        """The plain optimizer with these values."""
-        return self.factory(**self.constants, **values)
+    def built(self, values: Mapping[str, Any]) -> optax.GradientTransformationExtraArgs:
+        """The plain optimizer with these values; it takes any extra arguments."""
+        tx = lenient(self.factory)(**self.constants, **values)
+        update = optax.with_extra_args_support(tx).update
+        return optax.GradientTransformationExtraArgs(lenient(tx.init), lenient(update))
 
 
 def real(dtype: Any) -> Any:
     """The type of a number's real part."""
     return jnp.finfo(dtype).dtype if jnp.issubdtype(dtype, jnp.complexfloating) else dtype
+
+
+def wide(*dtypes: Any) -> Any:
+    """The type that holds all of these, float32 at least."""
+    return lenient(jnp.result_type)(jnp.float32, *dtypes)
 
 
 def _is_global(scope: Any) -> bool:
@@ -258,7 +263,6 @@ def needs_params(rule: Rule) -> bool:
 def _trace_update(rule: Rule, params: Any, extra: Mapping[str, Any]) -> None:
     tree = probe_tree()
     tx = rule.built({name: spec.init for name, spec in rule.learned.items()})
-    tx = optax.with_extra_args_support(tx)
     jax.eval_shape(
         lambda g, s, p: tx.update(g, s, p, **extra), tree, jax.eval_shape(rule.init, tree), params
     )
@@ -277,8 +281,7 @@ def _probe(rule: Rule, factory: str) -> None:
         rest = {k: s.init for k, s in rule.learned.items() if k not in names}
 
         def updates(values, grads, state, params):
-            tx = optax.with_extra_args_support(rule.factory(**rule.constants, **rest, **values))
-            return tx.update(grads, state, params, **extra)[0]
+            return rule.built({**rest, **values}).update(grads, state, params, **extra)[0]
 
         values = {k: jax.ShapeDtypeStruct((), jnp.float32) for k in names}
         state = jax.eval_shape(rule.init, tree)

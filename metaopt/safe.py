@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from metaopt.learn import lenient
+
 
 def safe_roots(f: Callable) -> Callable:
     """`f` with the derivative of every root at zero taken as zero; its values do not change.
@@ -27,7 +29,7 @@ def safe_roots(f: Callable) -> Callable:
 
         closed = jax.make_jaxpr(flat_f)(*flat)
         assert out_tree is not None
-        return jax.tree.unflatten(out_tree, _evaluate(closed.jaxpr, closed.consts, flat))
+        return jax.tree.unflatten(out_tree, lenient(_evaluate)(closed.jaxpr, closed.consts, flat))
 
     return safe
 

@@ -24,9 +24,11 @@ import optax
 from jax.flatten_util import ravel_pytree
 from optax import OptState, Params, Updates
 
-from metaopt.closed import decay_mask, find_form, off_one
+from metaopt.closed import Form, decay_mask, find_form, off_one
 from metaopt.guards import parts_of
-from metaopt.rule import Rule, Values, named, needs_params, needs_value, probe_tree, real, row
+from metaopt.learn import lenient
+from metaopt.ops import kept, sum_all
+from metaopt.rule import Rule, Values, named, needs_params, needs_value, probe_tree, real, row, wide
 from metaopt.safe import safe_roots
 
 
@@ -70,9 +72,9 @@ class Trace:
         would stay forever.
         """
 
+        @lenient
         def add(z, t):
-            keep = jnp.asarray(self.keep(count, real(z.dtype)), real(z.dtype))
-            keep = jax.lax.optimization_barrier(keep)
+            keep = kept(jnp.asarray(self.keep(count, real(z.dtype)), real(z.dtype)))
             return (keep * jnp.where(jnp.isfinite(z), z, 0) + t).astype(z.dtype)
 
         return new._replace(tangents=jax.tree.map(add, old.tangents, new.tangents))
@@ -146,6 +148,7 @@ class Mode(Protocol):
 
 @dataclass(frozen=True)
 class Closed:
+    form: Form
     needs_gradient: bool
     reads_all = True
 
@@ -164,9 +167,7 @@ class Closed:
         return memory  # what is kept does not depend on the rate
 
     def signal(self, rule, cotangent, memory, raw, count, base, params):
-        found = find_form(rule.factory, rule.constants, rule.learned)
-        assert found
-        form = found[0]
+        form, tangents = self.form, lenient(self.form.tangents)
         raw = self.settled(rule, raw, count, params)
         values, chain = jax.vjp(lambda r: rule.values(r, count), raw)
         leaves, names = jax.tree.leaves(cotangent), list(rule.learned)
@@ -182,7 +183,7 @@ class Closed:
         for i, own in enumerate(rule.of_leaves(values, cotangent)):
             h = {**form.defaults, **rule.constants, **own}
             leaf = {k: v[i] for k, v in state.items()}
-            for name, tangent in form.tangents(h, names, leaf, g[i], w[i], decays[i]).items():
+            for name, tangent in tangents(h, names, leaf, g[i], w[i], decays[i]).items():
                 dots[name].append(_dot(leaves[i], tangent, rule.dtype(cotangent)))
         return chain(rule.reduce(dots, cotangent))[0]
 
@@ -196,7 +197,7 @@ class Tangent:
     def init(self, rule, params):
         def zeros(x):
             # A sum of many small terms needs float32; a single one is as good as the update itself.
-            return jnp.zeros_like(x, dtype=jnp.result_type(x, jnp.float32) if self.trace else None)
+            return jnp.zeros_like(x, dtype=wide(x.dtype) if self.trace else None)
 
         return TangentMemory(tuple(jax.tree.map(zeros, params) for _ in rule.learned))
 
@@ -333,7 +334,7 @@ def choose(rule: Rule, mode: str, trace: Trace, safe: bool) -> Mode:
         name = getattr(rule.factory, "__name__", str(rule.factory))
         raise ValueError(f'no closed form of {name} by {", ".join(rule.learned)}; use mode="auto"')
     if form and (mode == "closed" or (mode == "auto" and not trace)):
-        return Closed(form[1])
+        return Closed(*form)
     if mode == "tangent" or trace:
         return Tangent(trace, safe)
     reads, value = needs_params(rule), needs_value(rule)
@@ -352,21 +353,13 @@ def pack_sum(signals: Values, axis_name: Any) -> Values:
 
 def scaled(factor: jax.Array, tree: Any) -> Any:
     """`factor` times each array, whose types stay."""
-    return jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+    return jax.tree.map(lenient(lambda x: (factor * x).astype(x.dtype)), tree)
 
 
 def _dot(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """The sum of Re(conj(a) b)."""
     pairs = zip(parts_of(a), parts_of(b))  # the other's imaginary part meets nothing if one is real
     return sum((sum_all(x.astype(dtype) * y.astype(dtype)) for x, y in pairs), jnp.zeros((), dtype))
-
-
-def sum_all(x: jax.Array) -> jax.Array:
-    """The sum of an array. XLA's CPU compiler adds one number at a time, but multiplies matrices in vectors."""
-    if x.ndim == 0:
-        return x
-    ones = jnp.ones(x.shape[-1], x.dtype)
-    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.sum(x @ ones), default=jnp.sum)
 
 
 def _replay_copies(rule: Rule, reads_params: bool, reads_value: bool | None) -> float:

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # Ctrl-C while the libraries are loaded, a second or
 import jax
 
 import sinks
-from common.host import keep_freed_memory
+from common.cpu_heap import keep_freed_memory
 from sinks import hub, ops, stream
 from sinks.cache import CacheSpec
 from sinks.conversation import Conversation

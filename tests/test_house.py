@@ -58,6 +58,49 @@ def test_modules_do_not_import_each_other_in_a_circle():
     assert "common.train_step" in graph["common.train_loop"], "the graph is of our imports"
 
 
+# Only these know what a program is built for: where a form is chosen, and where the machine itself is the subject.
+MACHINES = ("mesh", "distributed", "flops", "results", "cpu_heap")
+NAMES = {
+    "default_backend",
+    "platform_dependent",
+    "optimization_barrier",
+    "with_layout_constraint",
+    "pallas",
+}
+BACKENDS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
+
+
+def backends(tree: ast.AST) -> set[str]:
+    """What in a module's code (comments and docstrings are none) names a backend or asks for one."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and node.value in BACKENDS:
+            found.add(repr(node.value))
+        elif isinstance(node, ast.keyword) and node.arg in BACKENDS:
+            found.add(f"{node.arg}=")
+        elif isinstance(node, ast.Attribute) and node.attr in NAMES:
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and node.names:
+            found |= {alias.name for alias in node.names} & {*NAMES, *BACKENDS}
+        elif isinstance(node, ast.Attribute) and node.attr == "platform":
+            of_python = isinstance(node.value, ast.Name) and node.value.id == "sys"
+            found |= set() if of_python else {".platform"}
+    return found
+
+
+def test_only_ops_and_cpu_name_a_backend():
+    """In the libraries. The Pallas kernel is TPU code itself."""
+    known = {f"common/{name}.py" for name in MACHINES} | {"sinks/kernel.py"}
+    naming = {
+        str(path): found
+        for path, tree in TREES.items()
+        if path.parts[0] != "experiments" and path.name not in ("ops.py", "cpu.py")
+        if str(path) not in known and (found := backends(tree))
+    }
+    assert not naming
+    assert "'cpu'" in backends(TREES[Path("common/nn/ops.py")])
+
+
 # Quaint words, and the plain ones: again, from where, so that ... not, forever, on the way, computed or read, of that
 # time, next to or with.
 BANNED = re.compile(

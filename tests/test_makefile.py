@@ -1,4 +1,4 @@
-"""`make` finds a Python that is new enough or says so, gives each its pins, and keeps libtpu out of the main environment."""
+"""`make` finds a Python that is new enough or says so, gives each its pins, and keeps other chips' compilers apart."""
 
 import shutil
 import subprocess
@@ -59,11 +59,11 @@ def test_without_one_it_says_so(make, tmp_path, argument):
 
 
 @pytest.mark.parametrize("target", ["preflight", "test-aot"])
-def test_libtpu_is_installed_into_an_environment_of_its_own(make, tmp_path, target):
+def test_the_compilers_for_other_chips_have_an_environment_of_their_own(make, tmp_path, target):
     done = make({"python3": True}, "-n", target)
-    assert "tpu]" in done.stdout and f"{tmp_path}/venv" not in done.stdout
+    assert "preflight]" in done.stdout and f"{tmp_path}/venv" not in done.stdout
     rest = make({}, "-n", "reproduce", "test", "test-peers", "check", "notebooks", "bench")
-    assert "tpu]" not in rest.stdout and f"{tmp_path}/venv" in rest.stdout
+    assert "preflight]" not in rest.stdout and f"{tmp_path}/venv" in rest.stdout
     cleaned = make({}, "-n", "clean").stdout
     assert f"{tmp_path}/tpu" in cleaned and f"{tmp_path}/newest" in cleaned
 

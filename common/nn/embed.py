@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 
 from common.nn.layers import Linear, take_tokens
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 
 
 class PatchEmbed(nnx.Module):

@@ -15,6 +15,7 @@ from common.mesh import auto_mesh
 from common.results import append_row, read_rows
 from experiments.jepa.pretrain import open_run
 from experiments.jepa.probes import encode_fn, linear_probes, pixels
+from experiments.jepa.settings import Settings
 from experiments.shared.run import Run, job
 
 BASELINES = "jepa_baselines"
@@ -22,7 +23,7 @@ KINDS = {"untrained": "untrained encoder", "pixels": "raw pixels"}
 log = logging.getLogger("triptych")
 
 
-@job(only=())  # the settings of the pretraining in the same workdir may not change here
+@job(Settings, only=())  # the settings of the pretraining in the same workdir may not change here
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     rows = run.workdir / "results.jsonl"

@@ -21,7 +21,8 @@ from jax.tree_util import Partial
 
 from common.augment import RandomResizedCrop
 from common.flops import traced_flops
-from common.nn.policy import Policy
+from common.mesh import MeshSpec, make_mesh
+from common.nn.ops import Policy
 from common.optim import OptimSpec, adamw
 from common.state import init_state
 from common.train_step import AS_IT_IS, make_dispatch, make_train_step
@@ -57,7 +58,7 @@ def _recipe(model: ViTConfig, policy: Policy) -> IJepa:
 def ours(shape: Shape, bare: bool, batch: int) -> Contender:
     """The train loop's own step: forward of both encoders and the predictor, backward, AdamW, EMA."""
     model, side, count, k = shape
-    recipe = _recipe(model, Policy(unroll=1))
+    recipe = _recipe(model, Policy(unroll=1).built_for(make_mesh(MeshSpec())))
     rng = np.random.default_rng(0)
     pixels = (batch if bare else count, side, side, 3)
     images = rng.integers(0, 256, pixels, np.uint8)
@@ -113,8 +114,9 @@ def peer(shape: Shape, mode: str, batch: int) -> Contender:
 def check(dtype: str, tolerance: float) -> Contender:
     """Loss and gradient of a small model here, against the CPU's in float32."""
 
-    def loss_in(dtype: str):
-        recipe = _recipe(TINY, Policy(compute=dtype))
+    def loss_in(dtype: str, form: str | None):
+        # Its contexts, too, have the 256 tokens from which attention is fused.
+        recipe = _recipe(replace(TINY, image=(64, 64), patch=2), Policy(compute=dtype, form=form))
         grad = jax.value_and_grad(lambda p, x, b: recipe.loss(p, x, b, None)[0])
 
         def both(params, extra, batch):
@@ -123,11 +125,13 @@ def check(dtype: str, tolerance: float) -> Contender:
 
         return recipe, both
 
-    recipe, here = loss_in(dtype)
-    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    recipe, here = loss_in(dtype, Policy().built_for(make_mesh(MeshSpec())).form)
+    images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
     batch = AddMasks(recipe.masks, 0)({"image": images}, np.arange(8))
     params = recipe.init(jax.random.key(0))
-    return checked(here, loss_in("float32")[1], tolerance, params, recipe.init_extra(params), batch)
+    return checked(
+        here, loss_in("float32", "plain")[1], tolerance, params, recipe.init_extra(params), batch
+    )
 
 
 def cells(smoke: bool) -> list[Cell]:

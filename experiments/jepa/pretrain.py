@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,29 @@ import jax
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from common.checkpoint import Checkpointer, read_meta
+from common.checkpoint import read_meta
 from common.config import ConfigError, build
 from common.data import (
     LoaderSpec,
     drawn_records,
     fingerprint,
     images_on_device,
-    prefetch_to_device,
     train_batches,
 )
 from common.distributed import Signalled, require_same, stopped_by_signals
 from common.evaluation import EvaluationFailed, describe
 from common.mesh import auto_mesh, make_mesh
-from common.plots import draw_curves
 from common.sharding import batch_sharding, rows_held
 from common.state import state_shardings
-from common.train_loop import Preempted, train
+from common.train_loop import Preempted
 from common.train_step import AS_IT_IS, Prepare
-from common.writers import make_writer, read_metrics
+from common.writers import read_metrics
 from experiments.jepa.data import Sets, check_sets, open_sets
 from experiments.jepa.probes import encode_fn, linear_probes, online_monitor
 from experiments.jepa.settings import DataSettings, Settings, WriterSettings, resolve
 from experiments.shared.facts import data_facts
 from experiments.shared.run import Run, job, within
+from experiments.shared.training import train_in
 from jepa.recipe import AddMasks
 
 log = logging.getLogger("triptych")
@@ -49,10 +49,9 @@ log = logging.getLogger("triptych")
 EVALUATIONS = ("probe", "data.test_split", "data.probe_split", "data.eval_resize")
 
 
-@job()
+@job(Settings)
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
-    workdir = run.workdir
     settings, sets, mesh = open_run(run.values)
     recipe, spec = settings.recipe, settings.train
     try:
@@ -62,61 +61,44 @@ def run(run: Run) -> int:
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 
-    def batches(start: int) -> Iterator[dict]:
-        return _batches(settings, sets, loader, add_masks, mesh, start)
+    meta = {"config": run.values, "data": data_print, "sets": _measured_on(sets)}
 
-    def open_writer(restored_step: int):
+    def before_rows(restored_step: int) -> None:
         _check_resumed(run, restored_step, spec.steps, meta)
         run.begin(None if restored_step < 0 else restored_step)
-        return make_writer(
-            workdir,
-            spec.steps,
-            restored_step=restored_step,
-            items_per_step=spec.batch,
-            unit="images",
-            tensorboard=settings.writers.tensorboard,
-            wandb=_wandb(settings.writers, run.values),
-        )
 
-    meta = {"config": run.values, "data": data_print, "sets": _measured_on(sets)}
-    try:
-        with Checkpointer(workdir / "checkpoints", settings.checkpoint) as saver:
-            state, seconds = train(
-                recipe,
-                spec,
-                mesh=mesh,
-                batches=batches,
-                open_writer=open_writer,
-                checkpointer=saver,
-                workdir=workdir,
-                meta=meta,
-                evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
-                evaluate_again=run.resume == "changed",
-                prepare=prepare,
-            )
-    finally:
-        draw_curves(workdir)
-
+    state, seconds = train_in(
+        run.workdir,
+        recipe,
+        spec,
+        mesh=mesh,
+        host_batches=partial(_host_batches, settings, sets, loader, add_masks),
+        meta=meta,
+        writer={
+            "items_per_step": spec.batch,
+            "unit": "images",
+            "tensorboard": settings.writers.tensorboard,
+            "wandb": _wandb(settings.writers, run.values),
+        },
+        checkpoint=settings.checkpoint,
+        before_rows=before_rows,
+        prepare=prepare,
+        evals={"eval": online_monitor(settings, auto_mesh(mesh), sets.bank, sets.test)},
+        evaluate_again=run.resume == "changed",
+    )
     return _finish(run, settings, sets, mesh, state, seconds)
 
 
-def _batches(
-    settings: Settings, sets: Sets, loader: LoaderSpec, add_masks: AddMasks, mesh: Mesh, start: int
+def _host_batches(
+    settings: Settings, sets: Sets, loader: LoaderSpec, add_masks: AddMasks, start: int
 ) -> Iterator[dict]:
-    """Batches on the devices from step `start`; with data.on_device, the numbers of their records alone."""
+    """This process's batches from step `start`; with data.on_device, the numbers of their records alone."""
     if settings.data.on_device:
-        host = drawn_records(sets.train, loader, start)
-    else:
-        host = train_batches(
-            sets.train,
-            loader,
-            transform=settings.augmentation,
-            batch_transform=add_masks,
-            start_step=start,
-        )
-    spec = settings.train
-    depth = max(2, spec.steps_per_dispatch)
-    return prefetch_to_device(host, batch_sharding(mesh), depth, batch=spec.batch)
+        return drawn_records(sets.train, loader, start)
+    augment = settings.augmentation
+    return train_batches(
+        sets.train, loader, transform=augment, batch_transform=add_masks, start_step=start
+    )
 
 
 def _stream(
@@ -223,7 +205,7 @@ def open_run(values: dict[str, Any]) -> tuple[Settings, Sets, Mesh]:
         check_sets(settings, sets)
         _check_writers(settings)
         settings.train.check_mesh(mesh := make_mesh(settings.mesh))
-        return settings, sets, mesh
+        return settings.on(mesh), sets, mesh
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
 

@@ -11,12 +11,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from common.data import open_source
 from common.datasets.scenes.builder import prepare
-from common.results import ResultRow, read_rows, summarize
+from common.results import ResultRow, markdown_table, read_rows
 from experiments.jepa import baselines as jepa_baselines
 from experiments.jepa import pretrain as jepa_pretrain
 from experiments.jepa.configs.scenes import get_config
@@ -86,19 +84,17 @@ def show(workdir: Path, data_dir: str, seeds: int) -> None:
     accuracy: dict[str, dict[str, tuple[float, float]]] = {}
     for job, kind in jobs.items():
         chosen = [row for row in rows if row.job == job]
-        summary = {
-            name: next(iter(summarize(chosen, by="job", metric=f"linear_{name}").values()))
-            for name in LABELS
-        }
-        accuracy[kind] = {name: (s.mean, s.sd) for name, s in summary.items()}
-    table = Table(title="Linear probe on 4,000 test scenes (accuracy, %)")
-    table.add_column("features")
-    for name in LABELS:
-        table.add_column(name, justify="right")
-    for kind, title in KINDS.items():
-        table.add_row(title, *[_percent(*accuracy[kind][name]) for name in LABELS])
-    table.add_row("most frequent class", *[_percent(majority[name]) for name in LABELS])
-    Console().print(table)
+        for name in LABELS:
+            found = [row.metrics[f"linear_{name}"] for row in chosen]
+            spread = float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
+            accuracy.setdefault(kind, {})[name] = float(np.mean(found)), spread
+    lines = [
+        (title, *[_percent(*accuracy[kind][name]) for name in LABELS])
+        for kind, title in KINDS.items()
+    ]
+    lines.append(("most frequent class", *[_percent(majority[name]) for name in LABELS]))
+    print("Linear probe on 4,000 test scenes (accuracy, %)")
+    print(markdown_table(("features", *LABELS), lines))
     picture = workdir / "report.png"
     config = get_config("")
     config.data.data_dir = data_dir

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jax.sharding import Mesh
+
 from common.augment import CenterCrop, RandomResizedCrop
 from common.checkpoint import CheckpointSpec
 from common.config import ConfigError, build
 from common.mesh import MeshSpec
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from common.optim import OptimSpec
 from common.sharding import BATCH_AXES
 from common.train_loop import TrainSpec
@@ -211,7 +213,7 @@ class Settings:
     ema: EmaSpec
     train: TrainSettings
     mesh: MeshSpec
-    policy: Policy = without("batch_axes")
+    policy: Policy = without("batch_axes", "at_once")
     checkpoint: CheckpointSpec = without("every_steps")
     probe: ProbeSettings
     writers: WriterSettings
@@ -236,6 +238,13 @@ class Settings:
         momentum = self.ema.schedule(int(self.optim.schedule_scale * steps))
         return IJepa(
             self.model.config, self.masks, tx, momentum, self.objective, self.policy, log_tx
+        )
+
+    def on(self, mesh: Mesh) -> "Settings":
+        """The settings with the policy that fits the mesh's devices."""
+        model = self.recipe.model
+        return dataclasses.replace(
+            self, policy=self.policy.built_for(mesh, model.tokens * model.hidden)
         )
 
     @property

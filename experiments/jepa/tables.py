@@ -75,7 +75,7 @@ def preflight(results: Path) -> str:
         for r in json.loads(path.read_text())
     ]
     note = (
-        "The released recipes, compiled for a TPU topology: GiB a chip (state + temporaries), milliseconds of a step at "
+        "The released recipes, compiled for chips without one: GiB a chip (state + temporaries), milliseconds of a step at "
         "the chips' peak, GiB of collectives a step through a chip."
     )
     header = ("recipe", "topology", "mesh", "batch", "GiB", "ms at peak", "collectives, GiB")

@@ -50,7 +50,7 @@ def contenders() -> dict[str, Any]:
 
 def ours(names: list[str], rounds: int) -> dict[str, Any]:
     """Seconds and CPU seconds of each step by contender, and bytes of optimizer state."""
-    from common.host import keep_freed_memory
+    from common.cpu_heap import keep_freed_memory
 
     keep_freed_memory()
     import jax

@@ -4,16 +4,13 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from common.config import ConfigError, build, check_choices
-from common.results import ResultRow, append_row
+from common.results import ResultRow, append_row, markdown_table
 from experiments.metaopt.grid import GridSpec, Method, Task, diverged, run_grid, summary
 from experiments.metaopt.methods import METHODS
 from experiments.metaopt.pictures import draw_grid
@@ -22,6 +19,7 @@ from experiments.metaopt.tasks.mlp import mlp_task
 from experiments.metaopt.tasks.resnet import resnet_task
 from experiments.metaopt.tasks.text import charrnn_task
 from experiments.shared.run import Run, job
+from experiments.shared.tables import percent, perplexity
 
 log = logging.getLogger("triptych")
 
@@ -102,7 +100,7 @@ def open_task(settings: TaskSettings) -> Task:
         raise ConfigError(f"config.task: {error}") from error
 
 
-@job(only=("methods",))
+@job(Settings, only=("methods",))
 def run(run: Run) -> int:
     """Runs the job; rows go to `workdir`/results.jsonl, one for each method and initial rate."""
     settings = build(Settings, run.values)
@@ -111,7 +109,7 @@ def run(run: Run) -> int:
     run.begin(0)
     rows = [row for name in settings.methods for row in run_method(task, METHODS[name], spec, run)]
     score = next(iter(rows[0].metrics))
-    show(rows, f"{settings.name}: test {score} by initial rate", score)
+    log.info("%s: test %s by initial rate\n%s", settings.name, score, grid_table(rows, score))
     log.info("drew %s", draw_grid(run.workdir, rows, settings.methods, spec, score))
     log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
     return 0
@@ -166,7 +164,7 @@ class Gap:
     diverged: float
 
 
-def gaps(rows: list[ResultRow], score: str) -> dict[str, Gap]:
+def gaps(rows: Sequence[ResultRow], score: str) -> dict[str, Gap]:
     """The gap of each method. The best score is that of the best method from its best initial rate."""
     scores: dict[str, list[float]] = {}
     shares: dict[str, list[float]] = {}
@@ -186,34 +184,29 @@ def gaps(rows: list[ResultRow], score: str) -> dict[str, Gap]:
     }
 
 
-def wide_console() -> Console:
-    """A log has no width of its own: tables keep theirs."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+def grid_table(rows: Sequence[ResultRow], score: str = "error") -> str:
+    """A Markdown table: methods down, best first, initial rates across; a star marks runs that diverged.
 
-
-def show(rows: list[ResultRow], title: str, score: str = "error") -> None:
-    """Prints a table, methods down, initial rates across; a star marks runs that diverged.
-
-    The last columns say how many times the best score of the table the method's worst and mean are.
+    The last columns are those of `Gap`. Errors are in percent.
     """
     rates = sorted({row.overrides["initial_rate"] for row in rows})
-    table = Table(title=title)
-    table.add_column("method")
-    for rate in rates:
-        table.add_column(f"{rate:g}", justify="right")
-    for column in ("worst", "mean"):
-        table.add_column(column, justify="right")
-    for method, gap in gaps(rows, score).items():
-        by_rate = {r.overrides["initial_rate"]: r for r in rows if r.overrides["method"] == method}
-        cells = [_cell(by_rate.get(rate), score) for rate in rates]
-        table.add_row(method, *cells, f"{gap.worst:.3g} x", f"{gap.mean:.3g} x")
-    wide_console().print(table)
+    lines = [
+        (
+            method,
+            *[score_at(rows, method, rate, score) for rate in rates],
+            *[f"{x:.3g}" for x in (gap.worst, gap.mean)],
+            f"{gap.diverged:.2g}",
+        )
+        for method, gap in sorted(gaps(rows, score).items(), key=lambda item: item[1].worst)
+    ]
+    header = ("method", *[f"{r:g}" for r in rates], "worst", "mean", "diverged")
+    return markdown_table(header, lines)
 
 
-def _cell(row: ResultRow | None, score: str) -> str:
-    if row is None:
-        return ""
-    value = row.metrics[score]
-    text = f"{100 * value:.2f} %" if score == "error" else f"{value:.3g}"
-    return text + ("*" if diverged(row, score) else "")
+def score_at(rows: Sequence[ResultRow], method: str, rate: float, score: str = "error") -> str:
+    """The score of one run; a star where it diverged, "" where there is none."""
+    for row in rows:
+        if row.overrides["method"] == method and row.overrides["initial_rate"] == rate:
+            show = percent if score == "error" else perplexity
+            return show(row.metrics[score]) + ("*" if diverged(row, score) else "")
+    return ""

@@ -1,17 +1,15 @@
 """Job "metaopt_table1": every row of Table 1, and each tower's rerun with the hyperparameters it ended at (section 3.1)."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import optax
-from rich.table import Table
 
 from common.config import ConfigError, build, check_choices
-from common.results import append_row, read_rows
+from common.results import ResultRow, append_row, markdown_table, read_rows
 from experiments.metaopt.grid import GridSpec, Method, Task, run_grid, summary
-from experiments.metaopt.grid_job import TaskSettings, check_batch, open_task, wide_console
+from experiments.metaopt.grid_job import TaskSettings, check_batch, open_task
 from experiments.shared.published import published
 from experiments.shared.run import Run, job
 from metaopt import paper
@@ -94,7 +92,7 @@ class Settings:
             raise ConfigError(f"config.rows has {unknown[0]!r}; known: {', '.join(known)}")
 
 
-@job(only=("rows",))
+@job(Settings, only=("rows",))
 def run(run: Run) -> int:
     """Runs what has no row in `workdir`/results.jsonl yet, and prints the table next to the paper's."""
     settings = build(Settings, run.values)
@@ -108,7 +106,8 @@ def run(run: Run) -> int:
         if row.rerun is not None:
             rerun = row.rerun
             _train(task, f"{row.name}, rerun", lambda h=learned, r=rerun: r(h), row, spec, run)
-    _show(chosen, run.workdir)
+    rows = read_rows(run.workdir / "results.jsonl")
+    log.info("Table 1: test error (%%), mean ± sd over seeds\n%s", with_published(rows))
     log.info("%.1f minutes in all; rows: %s", run.clock.seconds / 60, run.workdir / "results.jsonl")
     return 0
 
@@ -139,22 +138,16 @@ def _train(
     return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
 
 
-def _show(rows: list[Row], workdir: Path) -> None:
-    done = {r.overrides["row"]: r.metrics for r in read_rows(workdir / "results.jsonl")}
-    of_paper, of_rerun = printed(False), printed(True)
-    table = Table(title="Table 1: test error (%), mean ± sd over seeds [the paper's]")
-    for column in ("optimizer", "ours", "paper", "learned", "rerun", "paper's rerun"):
-        table.add_column(column, justify="left" if column in ("optimizer", "learned") else "right")
-    for row in rows:
-        metrics, again = done[row.name], done.get(f"{row.name}, rerun")
-        learned = ", ".join(
-            f"{v:.4g}" for k, v in metrics.items() if k.startswith("learned/") and "by/" not in k
-        )
-        table.add_row(
-            row.name, percent(metrics), of_paper[row.name], learned,
-            percent(again) if again else "", of_rerun.get(row.name, ""),
-        )  # fmt: skip
-    wide_console().print(table)
+def with_published(rows: Sequence[ResultRow]) -> str:
+    """The table in Markdown: test errors in percent, ours next to the paper's."""
+    done = {row.overrides["row"]: row for row in rows}
+    paper, papers_rerun = printed(False), printed(True)
+    lines = []
+    for name in (row.name for row in ROWS if row.name in done):
+        again = done.get(f"{name}, rerun")
+        rerun = (percent(again.metrics), papers_rerun[name]) if again else ("", "")
+        lines.append((name, percent(done[name].metrics), paper[name], *rerun, done[name].id))
+    return markdown_table(("optimizer", "ours", "paper", "rerun", "paper's rerun", "row"), lines)
 
 
 def printed(rerun: bool) -> dict[str, str]:

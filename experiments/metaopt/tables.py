@@ -1,35 +1,23 @@
 """Gradient Descent: The Ultimate Optimizer."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.results import ResultRow, read_rows
+from common.results import read_rows
 from common.writers import read_metrics
-from experiments.metaopt.grid import diverged
-from experiments.metaopt.grid_job import gaps
-from experiments.metaopt.table1 import ROWS as TABLE1
-from experiments.metaopt.table1 import percent as mean_and_sd
-from experiments.metaopt.table1 import printed
+from experiments.metaopt.grid_job import grid_table, score_at
+from experiments.metaopt.table1 import with_published
 from experiments.shared.published import published
-from experiments.shared.tables import Section, known, machine, percent, perplexity, section
+from experiments.shared.tables import Section, known, machine, percent, section
 
 
 def table1(results: Path) -> str:
-    rows = {r.overrides["row"]: r for r in read_rows(results / "mnist_table1.jsonl")}
-    paper, papers_rerun = printed(False), printed(True)
-    lines = []
-    for row in TABLE1:
-        ours, again = rows.get(row.name), rows.get(f"{row.name}, rerun")
-        if ours:
-            rerun = (mean_and_sd(again.metrics), papers_rerun[row.name]) if again else ("", "")
-            lines.append((row.name, mean_and_sd(ours.metrics), paper[row.name], *rerun, ours.id))
-    seeds = sorted({len(row.seeds) for row in rows.values()})
+    rows = read_rows(results / "mnist_table1.jsonl")
+    seeds = sorted({len(row.seeds) for row in rows})
     note = (
         f"MNIST, test error in %, mean ± sd over {' or '.join(map(str, seeds))} seeds. Rerun: the plain optimizer "
         "with the values that the tower ended at."
     )
-    header = ("optimizer", "ours", "paper", "rerun", "paper's rerun", "row")
-    return section("Table 1", note, header, lines)
+    return f"### Table 1\n\n{note}\n\n{with_published(rows)}" if rows else ""
 
 
 def figure4(results: Path) -> str:
@@ -39,7 +27,7 @@ def figure4(results: Path) -> str:
     paper = _published("Figure 4a") | _published("Figure 4b")
     lines = []
     for method in sorted({row.overrides["method"] for row in rows}, key=_by_name):
-        lines.append((f"{method}, ours", *[_at(rows, method, rate, percent) for rate in rates]))
+        lines.append((f"{method}, ours", *[score_at(rows, method, rate) for rate in rates]))
         points = [paper.get((method, f"{rate:g}"), "") for rate in rates]
         if any(points):
             lines.append((f"{method}, paper", *points))
@@ -67,7 +55,7 @@ def figure2(results: Path) -> str:
             (
                 method,
                 f"{rate:g}",
-                _at([row], method, rate, percent),
+                score_at([row], method, rate),
                 f"{row.metrics['train_loss']:.3f}",
                 "" if learned is None else f"{learned:.2g}",
                 *points,
@@ -97,26 +85,14 @@ def robustness(results: Path) -> str:
     for path in sorted(results.glob("robustness_*.jsonl")):
         rows = read_rows(path)
         score = "error" if "error" in rows[0].metrics else "perplexity"
-        rates = sorted({row.overrides["initial_rate"] for row in rows})
-        show = percent if score == "error" else perplexity
         where = machine(rows[0])
-        lines = [
-            (
-                method,
-                *[_at(rows, method, rate, show, score) for rate in rates],
-                f"{gap.worst:.3g}",
-                f"{gap.diverged:.2g}",
-            )
-            for method, gap in sorted(gaps(rows, score).items(), key=lambda item: item[1].worst)
-        ]
         note = (
             f"Test {'error in %' if score == 'error' else score} after {rows[0].steps} steps, by initial rate, "
-            f"{len(rows[0].seeds)} seed(s), {where}. Worst: of a method's runs, as a multiple of the best run of all. "
-            "Diverged: least share of its runs that did not end finite; a star marks where."
+            f"{len(rows[0].seeds)} seed(s), {where}. Worst and mean: of a method's runs, as a multiple of the best run "
+            "of all. Diverged: least share of its runs that did not end finite; a star marks where."
         )
         name = path.stem.removeprefix("robustness_")
-        header = ("method", *[f"{r:g}" for r in rates], "worst", "diverged")
-        texts.append(section(f"Robustness: {name}", note, header, lines))
+        texts.append(f"### Robustness: {name}\n\n{note}\n\n{grid_table(rows, score)}")
     return "\n".join(texts)
 
 
@@ -180,20 +156,6 @@ def across_papers(results: Path) -> str:
     )
     header = ("training", "metric", "by hand", "auto", "steps", "row by hand", "row of auto")
     return section("Across papers", note, header, lines)
-
-
-def _at(
-    rows: Sequence[ResultRow],
-    method: str,
-    rate: float,
-    show: Callable[[float], str],
-    score: str = "error",
-) -> str:
-    """The score of one run; a star where it diverged."""
-    for row in rows:
-        if row.overrides["method"] == method and row.overrides["initial_rate"] == rate:
-            return show(row.metrics[score]) + ("*" if diverged(row, score) else "")
-    return ""
 
 
 def _published(figure: str) -> dict[tuple[str, str], str]:

@@ -16,7 +16,7 @@ NOT_SET: dict[str, Any] = {
     **{"task.data_dir": "", "rows": ()},
 }  # fmt: skip
 # By job: settings of today at the values that 0.1 had without them, and settings that only 0.1 had.
-_JEPA = {"optim.warmup": 0, "data.on_device": False}
+_JEPA = {"optim.warmup": 0, "data.on_device": False, "policy.form": None}
 ADDED: dict[str, dict[str, Any]] = {
     "jepa_pretrain": _JEPA,
     "jepa_baselines": _JEPA,

@@ -313,7 +313,7 @@ class Run:
 
 
 def job(
-    only: Sequence[str] | None = None,
+    settings: type | None = None, only: Sequence[str] | None = None
 ) -> Callable[[Callable[[Run], int]], Callable[[Run], int]]:
     """Makes a function of a Run a job: it runs where the workdir allows it and is not done, and its clock is kept.
 
@@ -321,7 +321,7 @@ def job(
     and a saved state that is another version's.
 
     Args:
-      only: see `Run.check`.
+      settings: the dataclass of the job's settings, which `launch --help` describes.  only: see `Run.check`.
     """
 
     def wrap(body: Callable[[Run], int]) -> Callable[[Run], int]:
@@ -345,6 +345,7 @@ def job(
             finally:
                 run.clock.__exit__()
 
+        started.settings = settings  # pyright: ignore[reportAttributeAccessIssue]
         return started
 
     return wrap

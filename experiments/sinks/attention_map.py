@@ -66,7 +66,7 @@ class Settings:
         return CacheSpec(self.sinks, self.tokens if self.recent is None else self.recent)
 
 
-@job()
+@job(Settings)
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings, workdir = build(Settings, run.values), run.workdir

@@ -14,17 +14,14 @@ cache) over the bandwidth of a large copy, in turns with the tokens in the same 
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from experiments.shared.bench import chosen, run_worker, turns, write_row
+from experiments.shared.bench import THREADS, Bench, timed
 
-CACHE, CHUNK, THREADS = 1024, 1024, 2
+CACHE, CHUNK = 1024, 1024
 SIZES: dict[str, Any] = dict(
     vocab_size=49152, width=576, depth=30, heads=9, kv_heads=3, head_dim=64
 )
@@ -38,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "sinks" / "bench_decode.jsonl"
 
 def ours(mode: str, steps: int) -> dict[str, Any]:
     """Times `stream.decode_step` or `policies.score_chunk`; seconds are per token."""
-    from common.host import keep_freed_memory
+    from common.cpu_heap import keep_freed_memory
 
     keep_freed_memory()
     from dataclasses import replace
@@ -60,14 +57,14 @@ def ours(mode: str, steps: int) -> dict[str, Any]:
         pieces = perplexity.score(
             config, weights, policies.Cached(spec), tokens, chunk=CHUNK, state=None
         )
-        return {"seconds": [s / CHUNK for s in _time(lambda: next(pieces), steps, warm=2)]}
+        return {"seconds": [s / CHUNK for s in timed(lambda: next(pieces), steps, warm=2)]}
 
     weights = stream.prepare(weights, int8=weights_in == "int8")
     # A lone token's products with the ring are fastest in float32.
     spec = cache.CacheSpec(4, CACHE - 4, int8="int8ring" in rest)
     looked_up = "embed" if "unembed" in weights else ""  # a row of it is read, not the whole
     read = jax.tree.leaves({name: p for name, p in weights.items() if name != looked_up})
-    facts = {"bytes": sum(p.nbytes for p in read) + spec.nbytes(config)}
+    nbytes = sum(p.nbytes for p in read) + spec.nbytes(config)
     state = cache.init(config, spec)
     length = 1_000_000 if "far" in rest else 10_000
     state, token = replace(state, length=state.length + length), jnp.zeros(1, jnp.int32)
@@ -83,14 +80,15 @@ def ours(mode: str, steps: int) -> dict[str, Any]:
     seconds: list[float] = []
     copies: list[float] = []
     for turn in range(steps):  # in turns, so that what else the machine does hits both
-        seconds += _time(step, 8, warm=0 if turn else 3)
-        copies += _time(lambda: jax.block_until_ready(copy(block)), 1, warm=not turn)
-    return facts | {"seconds": seconds, "copied": 2 * block.nbytes, "copy_seconds": copies}
+        seconds += timed(step, 8, warm=0 if turn else 3)
+        copies += timed(lambda: jax.block_until_ready(copy(block)), 1, warm=not turn)
+    limit = 2 * block.nbytes / statistics.median(copies) / nbytes
+    return {"seconds": seconds, "limit": limit, "facts": {"memory_limit": limit}}
 
 
 def hugging_face(mode: str, steps: int) -> dict[str, Any]:
     """Times transformers' LlamaForCausalLM on one token with CACHE tokens in its cache."""
-    from common.host import keep_freed_memory
+    from common.cpu_heap import keep_freed_memory
 
     keep_freed_memory()
     import torch  # pyright: ignore[reportMissingImports]  # extra: peers
@@ -111,80 +109,18 @@ def hugging_face(mode: str, steps: int) -> dict[str, Any]:
             model(token, past_key_values=past, use_cache=True).logits[:, -1].argmax(-1)
             past.crop(-1)
 
-        return {"seconds": _time(step, steps * 4)}
+        return {"seconds": timed(step, steps * 4, warm=3)}
 
 
-def _time(run, steps: int, warm: int = 3) -> list[float]:
-    times = []
-    for _ in range(warm + steps):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return times[warm:]
+def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
+    return (hugging_face if mode.startswith("hf") else ours)(mode, args.steps)
 
 
-def _run(mode: str, steps: int) -> dict[str, Any]:
-    return run_worker("experiments.sinks.bench", mode, "--steps", str(steps), threads=THREADS)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.sinks.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--modes", default=",".join(MODES), help="contenders, by comma (%(default)s)"
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="turns each contender gets")
-    parser.add_argument("--steps", type=int, default=4, help="chunks, or eighths of tokens, a turn")
-    parser.add_argument("--write", action="store_true", help=f"append a row to {RESULTS.name}")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.worker:
-        run = hugging_face if args.worker.startswith("hf") else ours
-        print("RESULT " + json.dumps(run(args.worker, args.steps)))
-        return 0
-    modes = chosen(parser, args.modes, MODES)
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    copies: dict[str, list[float]] = {mode: [] for mode in modes}
-    facts: dict[str, dict[str, Any]] = {}
-    for mode in turns(modes, args.rounds):
-        result = _run(mode, args.steps)
-        seconds[mode] += result.pop("seconds")
-        copies[mode] += result.pop("copy_seconds", [])
-        facts[mode] = result
-    for mode, times in copies.items():
-        if times:
-            facts[mode]["bandwidth"] = facts[mode]["copied"] / statistics.median(times)
-    _report(seconds, facts, args)
-    return 0
-
-
-def _report(
-    seconds: dict[str, list[float]], facts: dict[str, dict[str, Any]], args: argparse.Namespace
-) -> None:
-    rate = {mode: 1 / statistics.median(times) for mode, times in seconds.items()}
-    peer = max((r for mode, r in rate.items() if mode.startswith("hf")), default=0.0)
-    load = os.getloadavg()[0]
-    print(
-        f"\ntokens/s, medians of {args.rounds} turns, {THREADS} threads, load {load:.1f} at the end"
-    )
-    metrics: dict[str, float] = {"load": load}
-    for mode, r in sorted(rate.items(), key=lambda item: -item[1]):
-        metrics[f"tokens_per_second_{mode}"] = r
-        line = f"  {mode:20s} {r:8.1f}   (fastest {1 / min(seconds[mode]):8.1f})"
-        if peer and not mode.startswith("hf"):
-            metrics[f"ratio_{mode}"] = r / peer
-            line += f"  {r / peer:6.1f} x transformers' best token by token"
-        if bandwidth := facts[mode].get("bandwidth"):
-            limit = bandwidth / facts[mode]["bytes"]
-            metrics |= {f"memory_limit_{mode}": limit, f"share_of_limit_{mode}": r / limit}
-            line += f"  {100 * r / limit:4.0f} % of the memory limit {limit:.1f} ({bandwidth / 1e9:.1f} GB/s)"
-        print(line)
-    if args.write:
-        write_row(RESULTS, "bench_sinks_decode", metrics, seconds, steps=args.steps * args.rounds)
-
+BENCH = Bench(
+    "experiments.sinks.bench", __doc__, "bench_sinks_decode", RESULTS, MODES, measure, unit="tokens", items=1,
+    peers="hf", share="share_of_limit", steps=(4, "chunks, or eighths of tokens, a turn"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -100,7 +100,7 @@ class Settings:
                     yield f"{kind} {sinks}+{size - sinks}", policy
 
 
-@job(only=("policies", "cache_sizes", "sinks"))
+@job(Settings, only=("policies", "cache_sizes", "sinks"))
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings, workdir = build(Settings, run.values), run.workdir

@@ -7,7 +7,7 @@ table.md, laid out like the paper's Table 3. After an interruption it continues 
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ import numpy as np
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from common.checkpoint import Checkpointer, CheckpointSpec, read_meta
+from common.checkpoint import CheckpointSpec, read_meta
 from common.config import ConfigError, build, check_choices
-from common.data import LoaderSpec, array_source, fingerprint, prefetch_to_device, train_batches
+from common.data import LoaderSpec, array_source, fingerprint, train_batches
 from common.distributed import require_same
 from common.mesh import MeshSpec, make_mesh
 from common.optim import OptimSpec
-from common.plots import COLORS, draw_curves
+from common.plots import COLORS
 from common.results import markdown_table
 from common.sharding import batch_sharding, rows_held, to_host
-from common.train_loop import TrainSpec, train
-from common.writers import make_writer, read_metrics
+from common.train_loop import TrainSpec
+from common.writers import read_metrics
 from experiments.shared.learned_optim import optimizer
 from experiments.shared.run import Run, job
+from experiments.shared.training import train_in
 from sinks import maps, perplexity, text
 from sinks.cache import CacheSpec
 from sinks.config import ModelConfig
@@ -151,7 +152,7 @@ class Settings:
         return variant(name, neox, tx=tx, log=log_tx, compute=self.compute)
 
 
-@job(only=("variants", "evaluate"))
+@job(Settings, only=("variants", "evaluate"))
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings, workdir = build(Settings, run.values), run.workdir
@@ -225,40 +226,21 @@ def _train(
 ) -> Any:
     """Trains one variant in its own folder, or goes on with it; its parameters."""
     spec = settings.train
-    rows = batch_sharding(mesh)
     source = array_source(tokens=samples)
-    loader = LoaderSpec(spec.batch, spec.seed, held=rows_held(rows, spec.batch))
-    data_print = fingerprint(source, loader)
+    held = rows_held(batch_sharding(mesh), spec.batch)
+    loader = LoaderSpec(spec.batch, spec.seed, held=held)
     workdir.mkdir(parents=True, exist_ok=True)
 
-    def batches(start: int) -> Iterator[dict]:
-        return prefetch_to_device(
-            train_batches(source, loader, start_step=start), rows, batch=spec.batch
-        )
-
-    def open_writer(step: int):
-        return make_writer(
-            workdir,
-            spec.steps,
-            restored_step=step,
-            items_per_step=samples.shape[1] * spec.batch,
-            unit="bytes",
-        )
-
-    try:
-        with Checkpointer(workdir / "checkpoints", CheckpointSpec(1)) as saver:
-            state, _ = train(
-                recipe,
-                spec,
-                mesh=mesh,
-                batches=batches,
-                open_writer=open_writer,
-                checkpointer=saver,
-                workdir=workdir,
-                meta={"data": data_print},
-            )
-    finally:
-        draw_curves(workdir)
+    state, _ = train_in(
+        workdir,
+        recipe,
+        spec,
+        mesh=mesh,
+        host_batches=lambda start: train_batches(source, loader, start_step=start),
+        meta={"data": fingerprint(source, loader)},
+        writer={"items_per_step": samples.shape[1] * spec.batch, "unit": "bytes"},
+        checkpoint=CheckpointSpec(1),
+    )
     return to_host(state.params)
 
 

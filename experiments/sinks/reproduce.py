@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import sinks
 from common.plots import COLORS, GREY, INK
 from common.progress import draws_bars
+from common.results import markdown_table
 from experiments.shared.published import published
 from experiments.shared.run import Run
 from sinks import perplexity, stream, text
@@ -139,23 +138,16 @@ def _ours(results: dict[str, dict[str, float]]) -> list[float]:
 
 def show(results: dict[str, dict[str, float]]) -> None:
     """Prints our table, and the paper's."""
-    console = Console()
-    table = Table(title=f"SmolLM2-135M, War and Peace, a cache of {CACHE} tokens: perplexity")
-    table.add_column("policy")
-    table.add_column("perplexity", justify="right")
-    table.add_column("predictions", justify="right")
+    print(f"SmolLM2-135M, War and Peace, a cache of {CACHE} tokens: perplexity")
+    lines = []
     for name, r in results.items():
         error = f" ± {r['standard_error']:.2f}" if r["standard_error"] else ""
-        table.add_row(name, f"{r['perplexity']:.2f}{error}", f"{int(r['predictions']):,}")
-    console.print(table)
-    table = Table(
-        title="Next to the paper's Table 2 (400K tokens of PG-19, caches of 2048 or 4096)"
-    )
-    for column in ("sinks", "0 (window)", *map(str, SINKS)):
-        table.add_column(column, justify="left" if column == "sinks" else "right")
-    for model, values in {"SmolLM2-135M (here)": _ours(results), **paper()}.items():
-        table.add_row(model, *(f"{v:,.2f}" for v in values))
-    console.print(table)
+        lines.append((name, f"{r['perplexity']:.2f}{error}", f"{int(r['predictions']):,}"))
+    print(markdown_table(("policy", "perplexity", "predictions"), lines))
+    print("Next to the paper's Table 2 (400K tokens of PG-19, caches of 2048 or 4096)")
+    models = {"SmolLM2-135M (here)": _ours(results), **paper()}
+    lines = [(model, *[f"{v:,.2f}" for v in values]) for model, values in models.items()]
+    print(markdown_table(("sinks", "0 (window)", *map(str, SINKS)), lines))
 
 
 def draw_effects(results: dict[str, dict[str, float]], path: Path) -> None:

@@ -73,7 +73,7 @@ class Settings:
         return CacheSpec(sinks, size - sinks, self.dtype, int8=policy == "sinks_int8")
 
 
-@job(only=("policies", "cache_sizes"))
+@job(Settings, only=("policies", "cache_sizes"))
 def run(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     settings, workdir = build(Settings, run.values), run.workdir

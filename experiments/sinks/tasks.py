@@ -117,7 +117,7 @@ Texts = list[tuple[np.ndarray, tuple[tasks.Answer, ...]]]  # token ids and answe
 PARTS = ("policies", "cache_sizes", "sinks")  # the settings that only say which rows there are
 
 
-@job(only=PARTS)
+@job(StreamEvalSettings, only=PARTS)
 def run_streameval(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     s = build(StreamEvalSettings, run.values)
@@ -129,7 +129,7 @@ def run_streameval(run: Run) -> int:
     return _run(s, run, lambda alone: made, "lines back")
 
 
-@job(only=PARTS)
+@job(QASettings, only=PARTS)
 def run_qa_stream(run: Run) -> int:
     """Runs the job; see experiments/launch.py for what it prints and returns."""
     s = build(QASettings, run.values)

@@ -41,10 +41,34 @@ ENTRY %main (p: f32[8,4]) -> f32[2,4] {
 
 def test_collectives_count_loops_in_full_and_channels_once():
     gib = 2**30
-    assert preflight.count_collectives(HLO) == {
+    assert preflight.count_calls(HLO) == {
         "all-gather": (12, 12 * 16 / gib),
         "all-reduce": (1, 16 / gib),
         "reduce-scatter": (1, 128 / gib),
+    }
+
+
+# On GPUs the loop's end lies in a fusion, and an asynchronous collective takes several arrays.
+GPU_HLO = """
+%body.1 (p: (s32[])) -> (s32[]) {
+  %ag.1 = ((bf16[4,2]{1,0}, bf16[8]{0}), (bf16[8,2]{1,0}, /*index=3*/bf16[16]{0})) all-gather-start(%a, %b), channel_id=3
+  %attention.1 = (bf16[8]{0}, u8[0]{0}) custom-call(%p, %p, %p), custom_call_target="__cudnn$fmhaSoftmax"
+  %gemm.1 = f32[8]{0} fusion(%p), calls=%gemm, backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}
+}
+%condition.1 (p: (s32[])) -> pred[] {
+  %wrapped_compare = pred[] fusion(%p), kind=kLoop, calls=%compare
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %while.1 = (s32[]) while(%p), condition=%condition.1, body=%body.1, backend_config={"known_trip_count":{"n":"12"}}
+}
+"""
+
+
+def test_what_a_gpu_is_called_with_counts_loops_in_full():
+    assert preflight.count_calls(GPU_HLO) == {
+        "all-gather": (12, 12 * 64 / 2**30),
+        "__cudnn$fmhaSoftmax": (12, 0),
+        "__triton_gemm": (12, 0),
     }
 
 
@@ -57,7 +81,8 @@ def test_collectives_count_loops_in_full_and_channels_once():
             "v5e:2x4",
             "did you mean config argument smoke",
         ),
-        ("experiments/jepa/configs/scenes.py:smoke", "v9:2x4", "chip 'v9' is unknown|libtpu"),
+        ("experiments/jepa/configs/scenes.py:smoke", "v9:2x4", "chip 'v9' is unknown"),
+        ("experiments/jepa/configs/scenes.py:smoke", "h100:2y8", "such as h100:8|pip install"),
     ],
 )
 def test_wrong_input_is_one_plain_line(config, topology, message, capsys):
@@ -149,7 +174,7 @@ def test_the_committed_table_holds_the_released_recipes():
 
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
+    importlib.util.find_spec("libtpu") is None, reason="needs the preflight extra"
 )
 
 

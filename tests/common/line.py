@@ -16,6 +16,7 @@ from common.metrics import mean
 from common.sharding import batch_sharding
 from common.state import abstract_with_shardings, state_shardings
 from common.train_loop import TrainSpec, train
+from common.train_step import Program
 from common.writers import JsonlWriter, read_metrics
 
 BATCH, WIDTH = 8, 4
@@ -88,7 +89,9 @@ def averaged(state):
     yield "average", jnp.linalg.norm(state.extra["average"]["w"])
 
 
-def run(workdir, steps, *, recipe=Line(), data=batches, evals=None, meta=None, **spec):
+def run(
+    workdir, steps, *, recipe=Line(), data=batches, evals=None, meta=None, program=Program(), **spec
+):
     def open_writer(restored):
         writer = JsonlWriter(workdir / "metrics.jsonl")
         writer.resume_from(restored)
@@ -105,6 +108,7 @@ def run(workdir, steps, *, recipe=Line(), data=batches, evals=None, meta=None, *
             workdir=workdir,
             meta=meta or {},
             evals={"eval": averaged} if evals is None else evals,
+            program=program,
         )
     return state
 

@@ -262,7 +262,7 @@ def test_meta_that_is_not_json_is_refused_at_once(tmp_path):
         assert checkpointer.steps() == []
 
 
-JSON_HANDLER = "common.checkpoint.ocp.handlers.JsonHandler"
+JSON_HANDLER = "common._orbax.ocp.handlers.JsonHandler"
 
 
 def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(tmp_path, monkeypatch):

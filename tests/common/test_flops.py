@@ -111,3 +111,19 @@ def test_utilisation_is_a_part_of_all_chips_peak_and_says_when_work_is_counted_t
     assert used(lambda a: jax.lax.while_loop(lambda x: x[0, 0] < 5, lambda x: x @ a, a)) == {}
     cpu = types.SimpleNamespace(device_kind="cpu")
     assert utilisation(jax.make_jaxpr(lambda a: a @ a)(A).jaxpr, [cpu], 1.0) == {}
+
+
+def test_fused_attention_counts_as_its_formula(monkeypatch):
+    """cuDNN's, which a machine without it cannot run but can trace."""
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    q, k = (jnp.ones((2, n, 3, 64), jnp.bfloat16) for n in (256, 512))
+
+    def flops(implementation):
+        def loss(q, k, v):
+            return jax.nn.dot_product_attention(q, k, v, implementation=implementation).sum()
+
+        return traced_flops(loss, q, k, k), traced_flops(jax.grad(loss, (0, 1, 2)), q, k, k)
+
+    assert flops("cudnn") == flops("xla")

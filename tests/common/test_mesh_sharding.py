@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 
-from common.mesh import MeshSpec, make_mesh
+from common.mesh import MeshSpec, make_mesh, one_program_at_a_time
 from common.sharding import (
     batch_sharding,
     logical_axes,
@@ -64,6 +64,11 @@ def ids(mesh):
 )
 def test_mesh_sizes(spec, sizes):
     assert tuple(make_mesh(spec).shape.values()) == sizes
+
+
+def test_programs_overlap_but_on_several_cpu_devices():
+    meshes = [make_mesh(MeshSpec(), d) for d in (jax.devices(), jax.devices()[:1], gpus(1, 8))]
+    assert [one_program_at_a_time(mesh) for mesh in meshes] == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import jax
 import pytest
 
 from common.checkpoint import Checkpointer, read_meta
@@ -10,6 +11,7 @@ from common.config import ConfigError
 from common.evaluation import EvaluationFailed
 from common.full_disk import NoSpaceError
 from common.train_loop import Preempted, TrainSpec, train
+from common.train_step import Program
 from common.writers import JsonlWriter
 from tests.common.line import (
     BATCH,
@@ -258,3 +260,11 @@ def test_a_finished_run_started_again_does_nothing(tmp_path):
 def test_a_longer_run_continues_a_finished_one(tmp_path, uninterrupted):
     run(tmp_path, 3)
     assert_same_bits(run(tmp_path, 5), uninterrupted(5))
+
+
+def test_a_program_gets_its_options_and_its_hook_follows_the_compilation_once(tmp_path):
+    calls, path = [], tmp_path / "metrics.jsonl"
+    run(tmp_path, 2, program=Program(after_compile=lambda: calls.append(path.exists())))
+    assert calls == [False], "once, before the first row"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        run(tmp_path / "other", 2, program=Program(compiler_options={"no_such_option": "1"}))

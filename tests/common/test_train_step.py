@@ -15,7 +15,7 @@ def test_microbatches_take_the_memory_of_one():
     def loss(params, extra, batch, key):
         h = batch["x"]
         for _ in range(6):  # each keeps 4 MB for the backward pass
-            h = jnp.sin(h * params["w"])
+            h = jnp.sin(h * params["w"][None])
         return h.mean(), {"loss": mean(h.mean())}
 
     recipe = SimpleNamespace(

@@ -45,7 +45,10 @@ def test_a_method_is_judged_by_its_worst_run_and_divergence_is_starred(tmp_path)
     (folder / "robustness_toy.jsonl").write_text("".join(lines))
     text = render(tmp_path)
     assert "after 7 steps" in text and "### Table 1" not in text  # tables without rows are left out
-    good, bad = text.index("| good | 2.00 | 3.00 | 3 | 0 |"), text.index("| bad | 1.00 | 90.00* |")
+    good, bad = (
+        text.index("| good | 2.00 | 3.00 | 3 | 2.45 | 0 |"),
+        text.index("| bad | 1.00 | 90.00* |"),
+    )
     assert good < bad
 
 

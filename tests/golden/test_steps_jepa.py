@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from common.schedules import linear
 from common.state import init_state
 from common.train_step import make_train_step
@@ -26,11 +26,12 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.parametrize("form", ["plain", "cpu"])
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("mode", "objective"), [("fixed", "plain"), ("paper", "all")])
-def test_three_steps(compute, mode, objective):
+def test_three_steps(form, compute, mode, objective):
     masks = MaskSpec(CONFIG.grid, mode=mode, min_keep=2, collate=4)
-    policy = Policy(compute=compute, unroll=1)
+    policy = Policy(compute=compute, unroll=1, form=form, at_once=4)
     recipe = IJepa(
         CONFIG, masks, optax.adamw(1e-3), linear(0.9, 1.0, STEPS), OBJECTIVES[objective], policy
     )

@@ -6,7 +6,7 @@ Legend: B images, M target blocks, C context slots, T target slots.
 import jax
 import numpy as np
 
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from jepa.config import ViTConfig
 
 FLOAT32 = Policy(compute="float32", unroll=1)  # scanned: programs that compile quickly

@@ -73,11 +73,13 @@ def test_heads_that_do_not_fit_at_once_are_trained_in_groups(monkeypatch):
     assert parts.grid.shape == whole.grid.shape == (2, 2)
 
 
-def test_extract_writes_in_place_where_the_number_of_rows_is_known():
-    joined = probe.extract(encoder, image_batches(), labels=("label", "count"))
-    for rows in (10, 12):
-        placed = probe.extract(encoder, image_batches(), labels=("label", "count"), rows=rows)
-        jax.tree.map(np.testing.assert_array_equal, placed, joined)
+def test_extract_writes_in_place_and_refuses_more_images_than_rows():
+    exact, roomy = (
+        probe.extract(encoder, image_batches(), labels=("label", "count"), rows=rows)
+        for rows in (10, 12)
+    )
+    jax.tree.map(np.testing.assert_array_equal, exact, roomy)
+    assert len(exact.last) == len(exact.labels["count"]) == 10
     with pytest.raises(ValueError, match="rows=9"):
         probe.extract(encoder, image_batches(), rows=9)
 

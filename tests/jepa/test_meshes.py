@@ -10,8 +10,8 @@ import pytest
 from common.checkpoint import Checkpointer
 from common.mesh import MeshSpec, make_mesh
 from common.metrics import compute
-from common.nn.cpu import compiler_options
-from common.nn.policy import Policy
+from common.nn import ops
+from common.nn.ops import Policy
 from common.optim import OptimSpec, adamw
 from common.sharding import BATCH_AXES, batch_sharding, replicated
 from common.state import abstract_with_shardings, init_sharded, state_shardings
@@ -50,7 +50,7 @@ def train(sizes: tuple[int, int, int], mode: str = "auto", r: IJepa | None = Non
         make_train_step(r),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(),
+        compiler_options=ops.compiler_options(mesh),
     )
     losses = []
     with jax.set_mesh(mesh):

@@ -25,7 +25,8 @@ PREDICTOR = Predictor(CONFIG, FLOAT32)
 PARAMS = random_params(PREDICTOR, 1)
 CONTEXTS, TARGETS = index_lists()
 BATCH = padded_batch(CONTEXTS, TARGETS)
-MASKS = [BATCH[k] for k in ("context", "targets", "context_valid", "target_valid")]
+LENGTHS = [BATCH[k].sum(-1) for k in ("context_valid", "target_valid")]
+MASKS = [BATCH["context"], BATCH["targets"], *LENGTHS]
 Z_BCD = np.random.default_rng(2).standard_normal((*MASKS[0].shape, CONFIG.width)).astype(np.float32)
 
 predict = jax.jit(PREDICTOR.__call__)
@@ -55,20 +56,20 @@ def test_matches_the_reference_on_padded_masks():
 
 
 def test_what_padding_holds_changes_nothing():
-    *_, context_valid, target_valid = MASKS
+    target_valid, context_valid = BATCH["target_valid"], BATCH["context_valid"]
     other = padded_batch(CONTEXTS, TARGETS, fill=CONFIG.tokens - 1)
     z = np.where(context_valid[..., None], Z_BCD, 1e3)
-    same = predict(PARAMS, z, other["context"], other["targets"], context_valid, target_valid)
+    same = predict(PARAMS, z, other["context"], other["targets"], *MASKS[2:])
     got = predict(PARAMS, Z_BCD, *MASKS)
     np.testing.assert_array_equal(np.asarray(got)[target_valid], np.asarray(same)[target_valid])
 
 
 def test_target_blocks_never_see_each_other():
-    context, targets, context_valid, target_valid = MASKS
+    context, targets, *rest = MASKS
     moved = targets.copy()
     moved[:, 1] = (moved[:, 1] + 1) % CONFIG.tokens
     got = np.asarray(predict(PARAMS, Z_BCD, *MASKS))
-    other = np.asarray(predict(PARAMS, Z_BCD, context, moved, context_valid, target_valid))
+    other = np.asarray(predict(PARAMS, Z_BCD, context, moved, *rest))
     np.testing.assert_array_equal(got[:, 0], other[:, 0])
     assert M == 2 and (got[:, 1] != other[:, 1]).any()
 

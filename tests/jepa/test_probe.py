@@ -37,7 +37,7 @@ def clouds(rows=900, d=12, classes=3, spread=2.5, seed=0):
 def encoder(images):
     """A stand-in: 4 tokens of width 3 whose layers are the image's mean times 1..5."""
     mean = jnp.asarray(images, jnp.float32).mean((1, 2, 3))
-    tokens = mean[:, None, None] + jnp.arange(4)[:, None] + 10 * jnp.arange(3)
+    tokens = mean[:, None, None] + jnp.arange(4)[None, :, None] + 10 * jnp.arange(3)[None, None]
     layers = [tokens * i for i in range(1, 6)]
     return layers[-1], layers[-4:]
 
@@ -54,7 +54,7 @@ def image_batches(rows=10, batch=4):
 
 
 def test_extract_pools_tokens_keeps_order_and_drops_padding():
-    features = probe.extract(encoder, image_batches(), labels=("label", "count"))
+    features = probe.extract(encoder, image_batches(), rows=64, labels=("label", "count"))
     pooled = np.arange(10)[:, None] + 1.5 + 10 * np.arange(3)  # tokens average 0..3 to 1.5
     np.testing.assert_allclose(features.last, 5 * pooled, rtol=1e-6)
     np.testing.assert_allclose(
@@ -70,7 +70,7 @@ def test_extract_takes_stacked_bfloat16_layers_and_averages_in_float32():
         last, last4 = encoder(images)
         return last.astype(jnp.bfloat16), jnp.stack(last4).astype(jnp.bfloat16)
 
-    exact, rounded = (probe.extract(e, image_batches()) for e in (encoder, stacked))
+    exact, rounded = (probe.extract(e, image_batches(), rows=64) for e in (encoder, stacked))
     np.testing.assert_allclose(rounded.last4, exact.last4, rtol=1e-2)
     assert rounded.last.dtype == np.float32
 
@@ -78,15 +78,15 @@ def test_extract_takes_stacked_bfloat16_layers_and_averages_in_float32():
 def test_extract_gathers_everything_through_to_host():
     """On many hosts `to_host` gathers the rows of all; here, of two that hold the same."""
     twice = lambda x: np.concatenate([np.asarray(x)] * 2)  # noqa: E731
-    one = probe.extract(encoder, image_batches(4, 4))
-    two = probe.extract(encoder, image_batches(4, 4), to_host=twice)
+    one = probe.extract(encoder, image_batches(4, 4), rows=64)
+    two = probe.extract(encoder, image_batches(4, 4), rows=64, to_host=twice)
     np.testing.assert_array_equal(two.last, twice(one.last))
     np.testing.assert_array_equal(two.labels["label"], twice(one.labels["label"]))
 
 
 def test_extract_without_batches_says_so():
     with pytest.raises(ValueError, match="no batches"):
-        probe.extract(encoder, [])
+        probe.extract(encoder, [], rows=64)
 
 
 # Standardisation

@@ -9,6 +9,7 @@ import optax
 
 import metaopt
 from metaopt import Guards, learn
+from metaopt.learn import lenient
 
 SGD = optax.sgd(0.01)
 
@@ -71,6 +72,12 @@ def run(tx, steps: int, dtype=jnp.float32, value: bool = False, seed: int = 0):
         params, state, now = step(params, state, batch)
         losses.append(float(now))
     return params, state, losses
+
+
+def alone(tx):
+    """An optimizer of optax without metaopt: most need jax's standard promotion of types."""
+    update = optax.with_extra_args_support(tx).update
+    return optax.GradientTransformationExtraArgs(tx.init, lenient(update))
 
 
 def plain(factory, by=SGD, mode="auto", **kwargs):

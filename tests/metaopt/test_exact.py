@@ -9,7 +9,7 @@ import pytest
 import metaopt
 from metaopt import Guards, Rollback, hyper, learn
 from metaopt.rule import row
-from tests.metaopt.small import float64, learned, plain
+from tests.metaopt.small import alone, float64, learned, plain
 
 A = np.random.default_rng(0).standard_normal(
     (2, 3, 6, 3)
@@ -43,7 +43,7 @@ def judge(factory, mode, specs, loss=real_loss, loss_as_value=False, **constants
 
         def after(h):
             natural = {k: resolved[k].value(raw[k] + h[k], jnp.int32(STEPS - 1)) for k in raw}
-            rule = optax.with_extra_args_support(factory(**natural, **constants))
+            rule = alone(factory(**natural, **constants))
             updates, _ = rule.update(grads, base, before, **extra(before, STEPS - 1))
             return loss(optax.apply_updates(before, updates), STEPS)
 
@@ -111,7 +111,9 @@ def test_the_last_update_is_judged_at_its_own_time(mode):
 
 def complex_loss(p, i):
     z = (A[0, i] + 1j * A[1, i]) @ p["z"]
-    return jnp.mean(jnp.abs(z - 1) ** 2) + jnp.sum(jnp.abs(p["z"] * p["r"] + 1j) ** 2)
+    return jnp.mean(jnp.abs(z - 1) ** 2) + jnp.sum(
+        jnp.abs(p["z"] * p["r"].astype(p["z"].dtype) + 1j) ** 2
+    )
 
 
 RULES = [

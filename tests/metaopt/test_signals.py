@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import metaopt
 from metaopt import Guards, Trace, hyper, learn
 from metaopt.rule import row
-from tests.metaopt.small import CASES, few, float64, learned, model, plain, run
+from tests.metaopt.small import CASES, alone, few, float64, learned, model, plain, run
 
 CLOSED = [name for name in CASES if name not in ("lion", "lamb", "nadam", "adabelief")]
 STEPS = 4
@@ -83,15 +83,16 @@ def test_signals_are_finite_differences_of_the_next_loss(case):
         specs = {name: learn(v).resolved(name) for name, v in values.items()}
 
         def loss_after(raw):
-            tx = factory(**constants, **{n: specs[n].value(raw[n], now.updates) for n in raw})
+            at = {n: specs[n].value(raw[n], now.updates) for n in raw}
+            tx = alone(factory(**constants, **at))
             updates, _ = tx.update(grads, state.base, params)
             return loss(optax.apply_updates(params, updates), batches[STEPS])
 
         init, step = stepper(case, "auto")
         raw_used = now.raw
-        after = optax.apply_updates(params, factory(
-            **constants, **{n: specs[n].value(raw_used[n], 0) for n in raw_used}
-        ).update(grads, state.base, params)[0])  # fmt: skip
+        used = {n: specs[n].value(raw_used[n], 0) for n in raw_used}
+        updates, _ = alone(factory(**constants, **used)).update(grads, state.base, params)
+        after = optax.apply_updates(params, updates)
         _, judged, _ = step(after, now, batches[STEPS])
         for name in values:
             h = 1e-5
@@ -118,7 +119,7 @@ def test_one_model_backward_in_the_step(mode):
         optax.adam, learning_rate=learn(1e-2), b2=learn(0.99), mode=mode,
         by=hyper(optax.adam, learning_rate=learn(1e-2), by=optax.sgd(0.1)),
     )  # fmt: skip
-    assert products(tower) == products(optax.adam(1e-2))
+    assert products(tower) == products(alone(optax.adam(1e-2)))
 
 
 @pytest.mark.slow

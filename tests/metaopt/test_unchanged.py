@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import metaopt
 from common.checkpoint import Checkpointer
 from metaopt import Guards, Rollback, hyper, learn
-from tests.metaopt.small import model, run
+from tests.metaopt.small import CASES, alone, learned, model, run
 
 MODES = ["closed", "tangent", "replay"]
 
@@ -45,6 +45,28 @@ def test_types_never_change(make, dtype):
     assert types(new) == types(jax.eval_shape(lambda: state))
     assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
     assert all(v.dtype == jnp.float32 for v in state.values.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.complex64])
+def test_a_program_of_strict_types_takes_it(dtype):
+    """Even where plain optax.adam is refused, whose own code counts on jax's standard promotion."""
+    schedule = optax.cosine_decay_schedule(1.0, 10)
+    made = [
+        metaopt.auto(
+            optax.adamw,
+            learning_rate=learn(1.0, schedule=schedule),
+            guards=Guards(rollback=Rollback()),
+        ),
+        *(hyper(CASES[c][0], by=tower(), **learned(CASES[c][1])) for c in ("momentum", "nadam")),
+    ]
+    params = {"w": jnp.ones((3, 2), dtype)}
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        for tx in made:
+            state = jax.eval_shape(tx.init, params)
+            _, new = jax.eval_shape(
+                lambda p, s, tx=tx: tx.update(p, s, p, value=jnp.float32(1)), params, state
+            )
+            assert types(new) == types(state)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -121,7 +143,7 @@ def test_multisteps_equals_a_large_batch():
     large = [
         jax.tree.map(lambda *b: jnp.concatenate(b), *batches[i : i + k]) for i in range(0, 24, k)
     ]
-    whole, many = tower(), optax.MultiSteps(tower(), k)
+    whole, many = tower(), alone(optax.MultiSteps(tower(), k).gradient_transformation())
     p, s = params, whole.init(params)
     gradient, update = jax.jit(jax.grad(loss)), jax.jit(whole.update)
     for batch in large:
@@ -137,7 +159,7 @@ def test_multisteps_equals_a_large_batch():
 
 
 def test_ema_of_parameters_rides_along():
-    tx = optax.chain(tower(), optax.ema(0.9))
+    tx = alone(optax.chain(tower(), optax.ema(0.9)))
     ours, state, losses = run(tx, 10)
     assert np.isfinite(losses).all()
     assert {"learning_rate", "b2", "weight_decay", "by/learning_rate"} < set(metaopt.learned(state))

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")
 
 from common.nn.embed import sincos_2d
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from jepa.config import ViTConfig, vit
 from jepa.convert import encoder_params
 from jepa.encoder import Encoder

@@ -125,7 +125,9 @@ print("compiled")
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the `tpu` extra")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the `preflight` extra"
+)
 def test_it_compiles_for_a_tpu():
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=600,

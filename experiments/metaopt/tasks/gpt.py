@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from common.mesh import MeshSpec, make_mesh
 from common.nn.layers import INIT, Block, LayerNorm, Linear
 from common.nn.module import Module, Params, define, init_stack, scan_stack
-from common.nn.policy import Policy
+from common.nn.ops import Policy
 from experiments.metaopt.grid import Task
 from experiments.metaopt.tasks.text import text_task
 
@@ -53,8 +52,8 @@ class GPT:
         V, D, policy = self.vocabulary, self.width, self.policy
         return {
             "embedding": define(lambda rngs: Embedding(V, self.length, D, rngs)),
-            "block": define(lambda rngs: Block(D, D // HEAD, 4 * D, policy, rngs)),
-            "norm": define(lambda rngs: LayerNorm(D, rngs=rngs)),
+            "block": define(lambda rngs: Block(D, D // HEAD, 4 * D, policy, rngs, causal=True)),
+            "norm": define(lambda rngs: LayerNorm(D, policy, rngs)),
             "head": define(lambda rngs: Linear(D, V, policy, rngs)),
         }
 
@@ -70,10 +69,8 @@ class GPT:
 
     def __call__(self, params: Params, ids_BT: jax.Array) -> jax.Array:
         """Logits [B, T, V]: each place sees itself and those before it."""
-        T = ids_BT.shape[1]
-        past_1TT = jnp.asarray(np.tri(T, dtype=bool)[None])
         x_BTD = scan_stack(
-            lambda p, x: self._parts["block"](p, x, past_1TT),
+            self._parts["block"],
             params["blocks"],
             self._parts["embedding"](params["embedding"], ids_BT),
             unroll=self.policy.blocks_per_turn(self.depth),
@@ -87,7 +84,8 @@ def gpt_task(
     """The GPT on the text at `where` (see `sinks.text.documents`)."""
 
     def net(vocabulary: int):
-        gpt = GPT(vocabulary, length, hidden, depth)
+        policy = Policy().built_for(make_mesh(MeshSpec()))
+        gpt = GPT(vocabulary, length, hidden, depth, policy)
         return gpt.init, gpt
 
     return text_task("gpt", where, net, length, examples)

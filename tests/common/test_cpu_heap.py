@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from common.host import _glibc
+from common.cpu_heap import _glibc
 
 pytestmark = pytest.mark.skipif(_glibc() is None, reason="needs Linux with glibc")
 
@@ -22,7 +22,7 @@ def run(code: str) -> list[int]:
 FRAGMENTS = """
 import ctypes
 import numpy as np
-from common.host import _glibc, keep_freed_memory, set_fragments_aside
+from common.cpu_heap import _glibc, keep_freed_memory, set_fragments_aside
 keep_freed_memory()
 libc = _glibc()
 sizes = [40_000 + 64 * (i % 1000) for i in range(2000)]
@@ -63,7 +63,7 @@ def test_freed_blocks_are_reused():
     code = """
 import resource
 import numpy as np
-from common.host import keep_freed_memory
+from common.cpu_heap import keep_freed_memory
 keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 np.ones(50_000_000, np.uint8)
@@ -78,7 +78,7 @@ print(faults() - before)
 def test_the_heap_keeps_more_than_two_gib():
     """Address space only: nothing of it is touched."""
     code = (
-        "from common.host import _glibc, keep_freed_memory\n"
+        "from common.cpu_heap import _glibc, keep_freed_memory\n"
         "keep_freed_memory()\n"
         "libc = _glibc()\n"
         "block = libc.malloc(5 << 29)\n"

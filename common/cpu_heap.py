@@ -1,4 +1,4 @@
-"""Settings of the host process that make CPU work faster."""
+"""Settings of this process's heap that make work on CPU faster. For launchers: no library calls them."""
 
 import ctypes
 import mmap
