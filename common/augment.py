@@ -214,7 +214,7 @@ def crop_boxes(size: tuple[int, int], u: jax.Array, scale: Range, ratio: Range) 
     drawn = jnp.stack([left, upper, left + w, upper + h], -1)
     first = jnp.take_along_axis(drawn, fits.argmax(1)[:, None, None], 1)[:, 0]
     fallback = jnp.array(_central_box(size, ratio), jnp.float32)
-    return jnp.where(fits.any(1, keepdims=True), first, fallback)
+    return jnp.where(fits.any(1, keepdims=True), first, fallback[None])
 
 
 def resize_boxes(images: jax.Array, boxes: jax.Array, flips: jax.Array, size: int) -> jax.Array:
@@ -225,8 +225,8 @@ def resize_boxes(images: jax.Array, boxes: jax.Array, flips: jax.Array, size: in
     def weights(start: jax.Array, stop: jax.Array, pixels: int) -> jax.Array:
         """[B, size, pixels]: what each source pixel gives to each pixel of the output."""
         scale = (stop - start) / size
-        centre = start + (jnp.arange(size)[:, None] + 0.5) * scale
-        at = jnp.arange(pixels) + 0.5
+        centre = start + (jnp.arange(size)[None, :, None] + 0.5) * scale
+        at = jnp.arange(pixels)[None, None] + 0.5
         near = jnp.maximum(1 - jnp.abs(at - centre) / jnp.maximum(scale, 1), 0)
         near = jnp.where((at > start) & (at < stop), near, 0)
         return near / near.sum(-1, keepdims=True)

@@ -53,8 +53,7 @@ class Encoder:
                 f"{x_BHWC.shape[1:]}; resize them, or set model.image"
             )
         position = self.config.position_scale * sincos_2d(*self.config.grid, self.config.width)
-        if keep_BK is not None:
-            position = jnp.asarray(position)[keep_BK]
+        position = position[None] if keep_BK is None else jnp.asarray(position)[keep_BK]
         return self._parts["patch"](params["patch"], x_BHWC, keep_BK) + position
 
     def __call__(

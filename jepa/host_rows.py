@@ -48,7 +48,7 @@ class HostRows:
 
 @jax.jit
 def _to_axes(x_RD, mean_D, scale_D, axes_DD):
-    x_RD = (jnp.asarray(x_RD, jnp.float32) - mean_D) * scale_D
+    x_RD = (jnp.asarray(x_RD, jnp.float32) - mean_D[None]) * scale_D[None]
     return x_RD if axes_DD is None else _dot(x_RD, axes_DD)
 
 

@@ -369,7 +369,7 @@ def _cover(grid: Grid, blocks: Array) -> Array:
 def block_indices(spec: MaskSpec, blocks: Array) -> tuple[Array, Array]:
     """Flat indices int32 [B, M, Kt] and validity of rectangles [B, M, 4]."""
     top, left, h, w = (blocks[..., side, None] for side in range(4))
-    slot = np.arange(spec.target_size, dtype=np.int32)
+    slot = np.arange(spec.target_size, dtype=np.int32)[None, None]
     valid = slot < h * w
     return ((top + slot // w) * np.int32(spec.grid[1]) + left + slot % w) * valid, valid
 

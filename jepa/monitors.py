@@ -117,18 +117,20 @@ def token_position_r2(
     place_NP = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(cols), indexing="ij"), -1)
     axes = [axis for axis, size in enumerate(grid) if size > 1]
     place_NP = place_NP.reshape(N, 2)[:, jnp.array(axes)].astype(jnp.float32)
-    place_NP = (place_NP - place_NP.mean(0)) / place_NP.std(0)  # R^2 = 1 - mean square error
+    place_NP = (place_NP - place_NP.mean(0, keepdims=True)) / place_NP.std(
+        0, keepdims=True
+    )  # R^2 = 1 - mean square error
 
     tokens_BND = tokens_BND.astype(jnp.float32)
     rounding = 1e-10 * jnp.square(tokens_BND).mean()  # what centring may leave of a constant
-    tokens_BND = tokens_BND - tokens_BND[::2].mean((0, 1))
+    tokens_BND = tokens_BND - tokens_BND[::2].mean((0, 1), keepdims=True)
     fit_BND, test_BND = tokens_BND[::2], tokens_BND[1::2]
     rows_fit = fit_BND.shape[0] * N
     cov_DD = _einsum("bnd,bne->de", fit_BND, fit_BND) / rows_fit
     cross_DP = _einsum("bnd,np->dp", fit_BND, place_NP) / rows_fit
     penalty = ridge * jnp.trace(cov_DD) / D + rounding + jnp.finfo(jnp.float32).tiny
     weight_DP = jnp.linalg.solve(cov_DD + penalty * jnp.eye(D), cross_DP)
-    error_BNP = _einsum("bnd,dp->bnp", test_BND, weight_DP) - place_NP
+    error_BNP = _einsum("bnd,dp->bnp", test_BND, weight_DP) - place_NP[None]
     return 1 - jnp.square(error_BNP).mean()
 
 

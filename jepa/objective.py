@@ -74,7 +74,9 @@ def ijepa_loss(
     blocks_BK = batch["targets"].reshape(B, M * T)
     if spec.center or spec.vicreg:  # these take all tokens
         h_BND = encoder.frozen(target_params, images)
-        h_BKD = take_tokens(h_BND - h_BND.mean(0) if spec.center else h_BND, blocks_BK)
+        h_BKD = take_tokens(
+            h_BND - h_BND.mean(0, keepdims=True) if spec.center else h_BND, blocks_BK
+        )
     else:
         h_BKD = encoder.frozen(target_params, images, blocks_BK)
     target_BMTD = feature_norm(h_BKD).reshape(B, M, T, -1)
@@ -160,7 +162,8 @@ def weighted_mean(
 
 def token_std(x_BMTD: jax.Array, valid_BMT: jax.Array | None) -> jax.Array:
     """Standard deviation over all valid tokens, mean over features."""
-    centred = x_BMTD - weighted_mean(x_BMTD, valid_BMT, axis=(0, 1, 2))
+    mean_D = weighted_mean(x_BMTD, valid_BMT, axis=(0, 1, 2))
+    centred = x_BMTD - jax.lax.broadcast_to_rank(mean_D, 4)
     return jnp.sqrt(weighted_mean(centred**2, valid_BMT, axis=(0, 1, 2))).mean()
 
 
@@ -176,7 +179,7 @@ def vicreg_terms(context_BD: jax.Array, target_BD: jax.Array) -> dict[str, jax.A
     diagonal; invariance the squared distance.
     """
     B, D = context_BD.shape
-    centred = context_BD - context_BD.mean(0)
+    centred = context_BD - context_BD.mean(0, keepdims=True)
     std = jnp.sqrt(centred.var(0) * B / max(B - 1, 1) + 1e-4)
     covariance_DD = centred.T @ centred / max(B - 1, 1)
     off_diagonal = covariance_DD - jnp.diag(jnp.diag(covariance_DD))

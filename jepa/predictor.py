@@ -78,7 +78,7 @@ class Predictor:
         (B, M, T), C, P = targets_BMT.shape, context_BC.shape[1], self.config.predictor_width
         position_NP = jnp.asarray(sincos_2d(*self.config.grid, P))
         context_BCP = self._parts["embed"](params["embed"], z_BCD) + position_NP[context_BC]
-        masks_BMTP = params["mask_token"] + position_NP[targets_BMT]
+        masks_BMTP = jax.lax.broadcast_to_rank(params["mask_token"], 4) + position_NP[targets_BMT]
         if noise_BMTD is not None:
             masks_BMTP += ops.dense(self.policy, noise_BMTD, params["embed"]["kernel"])
 

@@ -111,10 +111,10 @@ class ProbeResult:
 def standardize(train_ID: Rows, *others_ID: Rows) -> tuple[jax.Array, ...]:
     """Centres and scales by the moments of `train_ID`, in float32; dead features become 0."""
     all_ID = [jnp.asarray(x, jnp.float32) for x in (train_ID, *others_ID)]
-    mean_D, std_D = all_ID[0].mean(0), all_ID[0].std(0)
-    alive_D = std_D > 1e-6 * jnp.abs(mean_D)  # rounding makes constants deviate too
-    scale_D = jnp.where(alive_D, 1 / jnp.where(alive_D, std_D, 1), 0)
-    return tuple((x_ID - mean_D) * scale_D for x_ID in all_ID)
+    mean_1D, std_1D = (f(all_ID[0], axis=0, keepdims=True) for f in (jnp.mean, jnp.std))
+    alive_1D = std_1D > 1e-6 * jnp.abs(mean_1D)  # rounding makes constants deviate too
+    scale_1D = jnp.where(alive_1D, 1 / jnp.where(alive_1D, std_1D, 1), 0)
+    return tuple((x_ID - mean_1D) * scale_1D for x_ID in all_ID)
 
 
 @jax.jit
@@ -136,7 +136,8 @@ def _check(train, train_labels, test, test_labels, num_classes):
 
 
 def _logits(head: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return _dot(x, head["w"]) + head["b"]
+    y = _dot(x, head["w"])
+    return y + jax.lax.broadcast_to_rank(head["b"], y.ndim)
 
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("heads", "opt_state"))

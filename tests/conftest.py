@@ -1,7 +1,10 @@
-"""Eight CPU devices for every test, and quick compiles: XLA's expensive passes would take most of the time."""
+"""Eight CPU devices for every test, and quick compiles: XLA's expensive passes would take most of the time. Arrays of
+different ranks are never broadcast without a word."""
 
 import importlib.metadata
 import os
+
+import pytest
 
 JAXLIB = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
 
@@ -15,3 +18,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         *(["--xla_cpu_use_fusion_emitters=false"] if JAXLIB < (0, 11) else []),
     ]
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    import jax  # after the flags above
+
+    with jax.numpy_rank_promotion("raise"):
+        return (yield)

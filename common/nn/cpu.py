@@ -1,8 +1,8 @@
 """The form that XLA's CPU backend needs, of the operations in ops.py and of what goes over a batch.
 
 Everything here computes what the plain form says, with gradients written by hand, on one CPU device. Files called ops.py
-import it. A fence keeps XLA from fusing how a value is computed into each of its uses. How much each piece brings, and what was
-tried instead: docs/journal.md.
+import it. A fence keeps XLA from fusing how a value is computed into each of its uses. How much each piece brings, and
+what was tried instead: docs/journal.md.
 
 Legend: B examples, N tokens (queries), M keys, D features in, F features out, H heads, K head width.
 """
@@ -94,7 +94,7 @@ def _dense_fwd(compute, x_ND, w_DF, b_F):
     x, w = rounded(x_ND, compute), rounded(w_DF, compute)
     y_NF = _dot(compute, x, w, (1, 0))
     like = jax.tree.map(lambda p: jnp.zeros((), p.dtype), (x_ND, w_DF, b_F))
-    return (y_NF if b_F is None else y_NF + b_F), (x, w, like)
+    return (y_NF if b_F is None else y_NF + b_F[None]), (x, w, like)
 
 
 def _dense_bwd(compute, residuals, g_NF):
@@ -200,7 +200,8 @@ def _layer_norm_fwd(epsilon, x_ND, scale_D, bias_D):
     square_N1 = fenced((x_ND**2).sum(-1, keepdims=True)) / D
     variance_N1 = jnp.maximum(square_N1 - mean_N1**2, 0)
     inverse_N1 = fenced(lax.rsqrt(variance_N1 + epsilon))
-    return (x_ND - mean_N1) * inverse_N1 * scale_D + bias_D, (x_ND, mean_N1, inverse_N1, scale_D)
+    scale, bias = (lax.broadcast_to_rank(p, x_ND.ndim) for p in (scale_D, bias_D))
+    return (x_ND - mean_N1) * inverse_N1 * scale + bias, (x_ND, mean_N1, inverse_N1, scale_D)
 
 
 def _layer_norm_bwd(epsilon, residuals, g_ND):
@@ -211,7 +212,8 @@ def _layer_norm_bwd(epsilon, residuals, g_ND):
     product_ND = fenced(g_ND * normed_ND)
     along_mean_N1 = summed_along(g_ND, scale_D)[..., None] / D
     along_x_N1 = summed_along(product_ND, scale_D)[..., None] / D
-    dx_ND = inverse_N1 * (g_ND * scale_D - along_mean_N1 - normed_ND * along_x_N1)
+    scale = lax.broadcast_to_rank(scale_D, g_ND.ndim)
+    dx_ND = inverse_N1 * (g_ND * scale - along_mean_N1 - normed_ND * along_x_N1)
     return dx_ND, summed_over(product_ND), summed_over(g_ND)
 
 

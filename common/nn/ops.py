@@ -89,7 +89,7 @@ def dense(policy: Policy, x: jax.Array, w_DF: jax.Array, b_F: jax.Array | None =
         return cpu.dense(policy.compute, x, w_DF, b_F)
     operands = x.astype(policy.compute), w_DF.astype(policy.compute)
     y = jnp.matmul(*operands, precision=_precision(policy)).astype(jnp.float32)
-    return y if b_F is None else y + b_F
+    return y if b_F is None else y + lax.broadcast_to_rank(b_F, y.ndim)
 
 
 def qkv(policy: Policy, x: jax.Array, weights: Weights) -> list[jax.Array]:
@@ -137,8 +137,9 @@ def layer_norm(
     """Every token of x [..., D] to mean 0 and variance 1, times scale plus bias, in float32."""
     if policy.form == "cpu":
         return cpu.layer_norm(epsilon, x, scale_D, bias_D)
+    scale, bias = (lax.broadcast_to_rank(p, x.ndim) for p in (scale_D, bias_D))
     centred = x - x.mean(-1, keepdims=True)
-    return centred * lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon) * scale_D + bias_D
+    return centred * lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon) * scale + bias
 
 
 def gelu(policy: Policy, x: jax.Array) -> jax.Array:
@@ -203,9 +204,9 @@ def _precision(policy: Policy) -> str:
 
 def _seen(N: int, M: int, lengths_B: jax.Array | None, causal: bool) -> jax.Array | None:
     """Which keys are seen: [B, M] for all queries, or [B or 1, N, M]. None: all."""
-    keys_M = jnp.arange(M)
-    past_1NM = (keys_M <= jnp.arange(N)[:, None])[None] if causal else None
+    keys_1M = jnp.arange(M)[None]
+    past_1NM = (keys_1M <= jnp.arange(N)[:, None])[None] if causal else None
     if lengths_B is None:
         return past_1NM
-    within_BM = keys_M < lengths_B[:, None]
+    within_BM = keys_1M < lengths_B[:, None]
     return within_BM if past_1NM is None else within_BM[:, None] & past_1NM

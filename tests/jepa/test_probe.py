@@ -123,7 +123,7 @@ def test_trained_logits_equal_scikit_learns():
     spec = ProbeSpec(min_steps=1500, batch=10_000)
     head = probe._fit(x, jnp.asarray(y), np.arange(len(y)), [(3e-2, 0.0)], 3, spec, None, "")
     theirs = LogisticRegression(C=1e5, max_iter=1000, tol=1e-7).fit(x, y)
-    ours = jax.nn.log_softmax(x @ head["w"][0] + head["b"][0])
+    ours = jax.nn.log_softmax(x @ head["w"][0] + head["b"][0][None])
     np.testing.assert_allclose(ours, theirs.predict_log_proba(x), atol=0.02)
 
 

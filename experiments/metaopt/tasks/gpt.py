@@ -27,7 +27,7 @@ class Embedding(nnx.Module):
         self.places = nnx.Param(INIT(rngs.params(), (length, width)))
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        return self.characters[...][ids_BT] + self.places[...][: ids_BT.shape[1]]
+        return self.characters[...][ids_BT] + self.places[...][None, : ids_BT.shape[1]]
 
 
 @dataclass(frozen=True)

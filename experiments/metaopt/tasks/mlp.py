@@ -58,7 +58,7 @@ def mlp_task(
 
     def logits(params: Any, x_BP: jax.Array) -> jax.Array:
         for layer in params.values():
-            x_BP = jnp.tanh(x_BP @ layer["kernel"] + layer["bias"])
+            x_BP = jnp.tanh(x_BP @ layer["kernel"] + layer["bias"][None])
         return x_BP
 
     def loss(params: Any, batch: dict, key: jax.Array) -> jax.Array:

@@ -34,7 +34,8 @@ class Normalizer:
         else:
             moments = next(self.given)
         self.used.append(moments)
-        return (x_BHWC - moments[0]) * jax.lax.rsqrt(moments[1] + EPSILON)
+        mean, variance = (jax.lax.broadcast_to_rank(m, 4) for m in moments)
+        return (x_BHWC - mean) * jax.lax.rsqrt(variance + EPSILON)
 
 
 def convolve_by_product(
@@ -80,7 +81,8 @@ class ConvNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(n_out))
 
     def __call__(self, x_BHWC: jax.Array, normalize: Normalizer) -> jax.Array:
-        return normalize(self.conv(x_BHWC)) * self.scale[...] + self.bias[...]
+        scale, bias = (jax.lax.broadcast_to_rank(p[...], 4) for p in (self.scale, self.bias))
+        return normalize(self.conv(x_BHWC)) * scale + bias
 
 
 class Block(nnx.Module):
@@ -152,7 +154,8 @@ def resnet_task(
     seen = jnp.asarray(x[: batches * size].reshape(batches, size, *x.shape[1:]))
 
     def prepare(x_BHWC: jax.Array) -> jax.Array:
-        return (x_BHWC / jnp.float32(255) - mean_C) / std_C
+        mean, std = (jax.lax.broadcast_to_rank(m, 4) for m in (mean_C, std_C))
+        return (x_BHWC / jnp.float32(255) - mean) / std
 
     def loss(params: Any, batch: dict, key: jax.Array) -> jax.Array:
         logits_BN, _ = net(params, augment(key, prepare(batch["x"])))
@@ -182,7 +185,7 @@ def augment(key: jax.Array, x_BHWC: jax.Array) -> jax.Array:
     k_shift, k_flip = jax.random.split(key)
     B, H, W, _ = x_BHWC.shape
     reach = np.array([H // 8, W // 8])
-    shift_B2 = jax.random.randint(k_shift, (B, 2), -reach, reach + 1)
+    shift_B2 = jax.random.randint(k_shift, (B, 2), -reach[None], reach[None] + 1)
     flip_B = jax.random.bernoulli(k_flip, shape=(B,))
 
     @partial(jax.vmap)

@@ -34,7 +34,8 @@ class LSTM(nnx.Module):
         """Hidden states [B, T, H], from a state of zeros."""
         recurrent_HG = self.recurrent[...]
         # The inputs' part of all gates at once; only the recurrent part has to wait for its turn.
-        gates_TBG = jnp.einsum("BTD,DG->TBG", x_BTD, self.input[...]) + self.bias[...]
+        gates_TBG = jnp.einsum("BTD,DG->TBG", x_BTD, self.input[...])
+        gates_TBG = gates_TBG + self.bias[...][None, None]
 
         def step(carry, gates_BG):
             h_BH, c_BH = carry

@@ -167,7 +167,8 @@ def jax_nan():
 
 
 @pytest.mark.slow
-def test_the_job_writes_rows_once(tmp_path, capsys):
+def test_the_job_writes_rows_once(tmp_path, caplog):
+    caplog.set_level("INFO", "triptych")
     values = config("mnist_towers", "smoke")
     for _ in range(2):
         assert metaopt_job.run(Run(values, tmp_path)) == 0
@@ -175,7 +176,7 @@ def test_the_job_writes_rows_once(tmp_path, capsys):
     assert [(r.overrides["method"], r.overrides["initial_rate"]) for r in rows] == [
         (m, rate) for m in values["methods"] for rate in values["grid"]["rates"]
     ]
-    assert "auto(sgd)" in capsys.readouterr().out
+    assert "auto(sgd)" in caplog.text
 
 
 @pytest.fixture
@@ -239,11 +240,12 @@ def test_lines_of_table_1_are_not_those_of_another_config(tmp_path, quick_grid):
 
 
 @pytest.mark.slow
-def test_table_1_reruns_each_tower_with_what_it_learned(tmp_path, capsys):
+def test_table_1_reruns_each_tower_with_what_it_learned(tmp_path, caplog):
+    caplog.set_level("INFO", "triptych")
     assert metaopt_table1.run(Run(config("mnist_table1", "smoke"), tmp_path)) == 0
     names = [row.overrides["row"] for row in read_rows(tmp_path / "results.jsonl")]
     assert names == ["SGD(0.01)", "SGD/SGD(0.01)", "SGD/SGD(0.01), rerun"]
-    assert "5.44" in capsys.readouterr().out  # the paper's, beside it
+    assert "5.44" in caplog.text  # the paper's, beside it
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_resnet_halves_twice_and_starts_as_its_head():
         )
     )
     pooled = jnp.pad(stem[:, ::4, ::4].mean((1, 2)), ((0, 0), (0, 12)))
-    expected = pooled @ params["head"]["kernel"] + params["head"]["bias"]
+    expected = pooled @ params["head"]["kernel"] + params["head"]["bias"][None]
     np.testing.assert_allclose(net(params, x)[0], expected, rtol=1e-4, atol=1e-5)
 
 
