@@ -13,6 +13,7 @@ from common.state import state_shardings
 from common.train_loop import Preempted
 from experiments import jobs, launch
 from experiments.jepa import pretrain as jepa_pretrain
+from experiments.shared import training
 
 CONFIG = "experiments/jepa/configs/scenes.py"
 SMOKE = f"--config={CONFIG}:smoke"
@@ -33,7 +34,7 @@ def start(monkeypatch, tmp_path, capsys):
         argv = ["launch", *arguments, *([f"--workdir={workdir}"] if workdir else [])]
         with monkeypatch.context() as patch, flagsaver.flagsaver():
             patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-            patch.setattr(jepa_pretrain, "train", train or begin)
+            patch.setattr(training, "train", train or begin)
             code = launch.main(argv)
         return code, capsys.readouterr().err
 
@@ -320,7 +321,7 @@ def begun(start, tmp_path):
 def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
     before = begun()
     arguments = (*RESUMED, *f"--config.{setting}".split(" "), "--resume=changed")
-    text = refusal(*arguments, train=jepa_pretrain.train, lines=2 + len(differences))
+    text = refusal(*arguments, train=training.train, lines=2 + len(differences))
     assert "trained on other data" in text and "Restore the saved settings" in text
     assert [words for words in differences if words not in text] == [], text
     assert begun() == before, "the record of the run is left alone"
@@ -330,7 +331,7 @@ def test_other_data_cannot_continue_a_run(refusal, begun, setting, differences):
 def test_another_model_cannot_continue_a_run(refusal, begun):
     before = begun()
     hidden = "--config.model.hidden=128"  # 3 arrays, each with a target and two moments
-    text = refusal(*RESUMED, hidden, "--resume=changed", train=jepa_pretrain.train, lines=1 + 3 * 4)
+    text = refusal(*RESUMED, hidden, "--resume=changed", train=training.train, lines=1 + 3 * 4)
     assert "holds another model. Use the config it was saved with" in text
     assert "misshapen: params/encoder/blocks/mlp/up/kernel is float32[2, 32, 64]" in text
     assert begun() == before
