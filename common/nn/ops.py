@@ -4,7 +4,8 @@ Each operation stands here in its plain form, which is what the papers write and
 pays on a backend, the policy's `form` takes it. It is decided when a program is built, from the devices of its mesh
 (`Policy.built_for`). tests/common/test_ops.py holds each pair of forms equal in value and gradient.
 
-Products take operands of the policy's type, sum in float32, and round the sum to that type, in the backward pass too.
+Products take operands of the policy's type, sum in float32, and round the sum to that type, in the backward pass too: so
+the gradients of weights cross devices in that type, which halves the bytes.
 
 Legend: B examples, N tokens (queries), M keys, D features in, F features out, H heads, K head width; ... any leading axes.
 """
