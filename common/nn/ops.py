@@ -58,17 +58,25 @@ class Policy:
                 raise ValueError(f"policy.{name}={value}: None (automatic) or a positive count")
 
     def built_for(self, mesh: Mesh, widest: int | None = None) -> "Policy":
-        """The policy with the form that fits the mesh's devices, unless one is set already.
+        """The policy with the form that fits the mesh's devices, or "plain" where that is set.
 
-        `widest`: numbers in the largest activation of one example, for `at_once`.
+        `widest`: numbers in the largest activation of one example, for `at_once`. Raises ValueError for a form that needs
+        other devices.
         """
-        if self.form is not None:
-            return self
-        platform = mesh.devices.flat[0].platform
+        platform, fitting = mesh.devices.flat[0].platform, "plain"
         if platform == "cpu" and mesh.size == 1:  # its form knows nothing of shardings
-            at_once = self.at_once or (widest and cpu.examples_at_once(widest))
-            return replace(self, form="cpu", at_once=at_once)
-        return replace(self, form="cudnn" if platform in ("gpu", "cuda") else "plain")
+            fitting = "cpu"
+        elif platform in ("gpu", "cuda"):
+            fitting = "cudnn"
+        form = self.form or fitting
+        if form not in ("plain", fitting):
+            raise ValueError(
+                f"policy.form={form!r} does not run on a mesh of {mesh.size} x {platform}: None takes {fitting!r}"
+            )
+        at_once = self.at_once
+        if form == "cpu" and at_once is None and widest:
+            at_once = cpu.examples_at_once(widest)
+        return replace(self, form=form, at_once=at_once)
 
     def blocks_per_turn(self, depth: int) -> int:
         """Blocks laid out per loop turn for a stack of `depth` blocks."""

@@ -124,10 +124,14 @@ def test_the_form_follows_from_the_meshs_devices():
     )
     assert Policy(form="plain").built_for(mesh("cpu")).form == "plain"
     fitted = Policy().built_for(mesh("cpu"), widest=1 << 20)
+    assert Policy(form="cpu").built_for(mesh("cpu"), widest=1 << 20) == fitted
     assert fitted.at_once == 2 and fitted.blocks_per_turn(12) == 12
     assert Policy().built_for(mesh("tpu")).blocks_per_turn(12) == 1
     with pytest.raises(ValueError, match=r"policy\.form='gpu'"):
         Policy(form="gpu")
+    for form, devices in (("cudnn", mesh("tpu")), ("cpu", mesh("cpu", 8)), ("cpu", mesh("gpu"))):
+        with pytest.raises(ValueError, match=f"policy.form='{form}' does not run on a mesh of"):
+            Policy(form=form).built_for(devices)
 
 
 @pytest.mark.parametrize(
