@@ -29,14 +29,14 @@ reproduce: $(VENV)/base  ## the three papers' effects on embedded data: tables, 
 EXTRA_NEEDED := peers or aot or fuzz
 # Some tests wait for other processes: three workers keep two cores busy.
 test: $(VENV)/dev  ## all tests that need no torch
-	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=12 -m "not ($(or $(WITHOUT),$(EXTRA_NEEDED)))"
+	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=12 -m "not ($(EXTRA_NEEDED))"
 
 test-fast: $(VENV)/dev  ## the tests that take a second, in less than three minutes
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not (slow or multiproc or $(EXTRA_NEEDED))"
 
-test-newest:  ## the tests of one process on Python 3.12 with the newest jax (PYTHON312=/path/to/it)
+test-newest:  ## the fast tests on Python 3.12 with the newest jax (PYTHON312=/path/to/it)
 	@"$(PYTHON312)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { echo "error: no Python 3.12 here. Install one (its venv module too), or name it: make $@ PYTHON312=/path/to/python3.12" >&2; exit 1; }
-	$(MAKE) PYTHON="$(PYTHON312)" VENV=$(NEWEST) WITHOUT="multiproc or $(EXTRA_NEEDED)" test
+	$(MAKE) PYTHON="$(PYTHON312)" VENV=$(NEWEST) test-fast
 
 test-peers: $(VENV)/peers  ## parity with live peers (torch, transformers)
 	$(BIN)/python -m pytest -n 2 -m peers

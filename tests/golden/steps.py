@@ -1,7 +1,7 @@
 """What a step of a small model computes, to the bit, and a fingerprint of the program that computes it.
 
 Where the optimised program is the one that was recorded, its numbers must be the recorded ones to the bit. Another
-program, which is what a change of the code, of jax or of the processor makes, must come within `RTOL`.
+program, which is what a change of the code makes, must come within 1e-6, and one of another jax within 1e-5.
 
 When a change of the numbers is meant (a step that is defined otherwise, never one that should only be faster):
 `RENEW_GOLDEN=1 python -m pytest -n 0 tests/golden/test_steps_*.py`, read the diff, and say in the commit why they change.
@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-RTOL = 1e-6  # of the largest value of an array; bfloat16 products on another program: ROUNDED
+JAX = "0.10.2"  # recorded with it
+RTOL = 1e-6 if jax.__version__ == JAX else 1e-5  # of the largest value of an array
+# bfloat16 and int8 products on another program.
 ROUNDED = 2e-2
 
 
