@@ -190,9 +190,8 @@ def count_calls(hlo: str) -> dict[str, tuple[int, float]]:
 
 def _result_bytes(shapes: str, start: bool) -> float:
     """Bytes of an instruction's results. An asynchronous start also lists its operands: the larger half is the result."""
-    groups = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shapes).split(
-        ")"
-    )  # operands and results of several arrays are tuples
+    # Operands and results of several arrays are tuples.
+    groups = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", shapes).split(")")
     sizes = [[_bytes(*array) for array in re.findall(r"(\w+)\[([\d,]*)\]", g)] for g in groups]
     halves = [sum(half) for half in sizes] if shapes.startswith("((") else sizes[0]
     return max(halves, default=0.0) if start else sum(sum(half) for half in sizes)
